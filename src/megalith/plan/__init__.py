@@ -1,0 +1,1 @@
+"""Floor 5: plans and their predictions: fit, search, explain."""

@@ -93,7 +93,10 @@ class Runner(Protocol):
     block_bytes: int
 
     def step(self, batch: StepBatch, sampling: SamplingBatch) -> StepResult:
-        """Run the rows, write their K and V, sample the output rows. Raises StepFailed; KV of other requests survives."""
+        """Run the rows, write their K and V, sample the output rows.
+
+        Raises StepFailed; the KV of other requests survives.
+        """
         ...
 
     def logits(self, batch: StepBatch) -> F32:

@@ -10,16 +10,17 @@ from megalith.engine.batch import StepBatch
 from megalith.engine.torch_attention import PagedKv, StepAttention
 
 BLOCK = 4
+CPU = torch.device("cpu")
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, window: int | None, scale: float) -> torch.Tensor:
-    """Rows at positions first.. attend over all keys up to themselves: the definition, one row and head at a time."""
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
+    """Rows at positions 0, 1, .. attend over all keys up to themselves: the definition, one row and head at a time."""
     group = q.shape[1] // k.shape[1]
     out = torch.zeros_like(q)
     for row in range(q.shape[0]):
-        low = 0 if window is None else max(0, first + row - window + 1)
+        low = 0 if window is None else max(0, row - window + 1)
         for head in range(q.shape[1]):
-            keys, values = k[low : first + row + 1, head // group], v[low : first + row + 1, head // group]
+            keys, values = k[low : row + 1, head // group], v[low : row + 1, head // group]
             out[row, head] = torch.softmax(keys @ q[row, head] * scale, 0) @ values
     return out
 
@@ -30,7 +31,7 @@ def test_ragged_steps_equal_the_formula(heads: tuple[int, int], seed: int) -> No
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     windows, size, lengths = [None, 5], 8, [1, 7, 19, 30, 12]
-    kv = PagedKv((2, heads[1], size), blocks=(64, 0), block_tokens=BLOCK, dtype=torch.float32, device=torch.device("cpu"))
+    kv = PagedKv((2, heads[1], size), blocks=(64, 0), block_tokens=BLOCK, dtype=torch.float32, device=CPU)
     kv.device_blocks.fill_(1e4)  # stale contents must never be read
     tables = rng.permutation(64)[: 5 * 10].reshape(5, 10).astype(np.int32)
     q = [[torch.randn(n, heads[0], size) for n in lengths] for _ in windows]
@@ -55,12 +56,12 @@ def test_ragged_steps_equal_the_formula(heads: tuple[int, int], seed: int) -> No
         done = [d + t for d, t in zip(done, take, strict=True)]
     for layer, window in enumerate(windows):
         for s in range(5):
-            expected = plain(q[layer][s], k[layer][s], v[layer][s], 0, window, 0.3)
+            expected = plain(q[layer][s], k[layer][s], v[layer][s], window, 0.3)
             torch.testing.assert_close(torch.cat(outs[layer][s]), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_swap_moves_whole_blocks_both_ways() -> None:
-    kv = PagedKv((3, 2, 4), blocks=(8, 4), block_tokens=BLOCK, dtype=torch.bfloat16, device=torch.device("cpu"))
+    kv = PagedKv((3, 2, 4), blocks=(8, 4), block_tokens=BLOCK, dtype=torch.bfloat16, device=CPU)
     kv.device_blocks.normal_()
     before = kv.device_blocks.clone()
     kv.swap_out(np.array([5, 1], np.int32), np.array([0, 3], np.int32))

@@ -53,8 +53,8 @@ class GrammarState:
 class GrammarCompiler:
     """Compiles grammars for one vocabulary; thread-safe, with a bounded cache.
 
-    `tokenizer_json` gives the tokenizer as Hugging Face `tokenizer.json` text and is asked for at the first grammar only,
-    since building the token trie takes up to about a second.
+    `tokenizer_json` gives the tokenizer as Hugging Face `tokenizer.json` text and is asked for at the first grammar
+    only, since building the token trie takes up to about a second.
     """
 
     def __init__(self, tokenizer_json: Callable[[], str], vocab: int, eos_ids: frozenset[int]) -> None:

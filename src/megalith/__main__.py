@@ -1,0 +1,5 @@
+"""`python -m megalith` is the `megalith` command."""
+
+from megalith.cli.main import main
+
+main()

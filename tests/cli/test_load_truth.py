@@ -52,7 +52,7 @@ def test_reports_the_delays_that_the_server_makes(api: str) -> None:
     assert report.itl_ns.count == 12 * 10
     assert 19 * MS < report.itl_ns.p50 < 22 * MS
     assert 19 * MS < report.tpot_ns.p50 < 22 * MS
-    assert 280 * MS <= report.e2e_ns.minimum
+    assert report.e2e_ns.minimum >= 280 * MS
     assert report.e2e_ns.p50 < 320 * MS
     assert report.warnings == []
 

@@ -49,7 +49,8 @@ def format_bytes(num_bytes: float) -> str:
 
 def format_duration(duration_ns: float) -> str:
     """Nanoseconds as a person reads them: `2.81 ms`, `1.20 s`."""
-    for limit, scale, unit in ((1e3, 1, "ns"), (1e6, 1e3, "us"), (1e9, 1e6, "ms"), (120e9, 1e9, "s")):
+    # Limits a little below the next unit, so that 999.6 us does not become `1e+03 us`.
+    for limit, scale, unit in ((999.5, 1, "ns"), (999.5e3, 1e3, "us"), (999.5e6, 1e6, "ms"), (119.5e9, 1e9, "s")):
         if abs(duration_ns) < limit:
             return f"{duration_ns / scale:.3g} {unit}"
     minutes = duration_ns / 60e9

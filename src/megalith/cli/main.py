@@ -36,11 +36,11 @@ _BROKEN_PIPE = 141
 
 _EXAMPLES = """\
 Examples:
-  megalith serve smollm2                        an OpenAI endpoint on http://127.0.0.1:8000/v1
-  megalith chat smollm2                         talk to it in the terminal
-  megalith plan serve llama-3-70b --device H100 will it fit, how fast, at what cost
-  megalith doctor                               what this machine has, what is wrong
-  megalith VERB --help                          flags and examples of one verb"""
+  megalith serve smollm2          an OpenAI endpoint on 127.0.0.1:8000
+  megalith chat smollm2           talk to it in the terminal
+  megalith plan serve llama-2-7b  will it fit, how fast, at what cost
+  megalith doctor                 what this machine has and what is wrong
+  megalith VERB --help            flags and examples of one verb"""
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def _dispatch(tokens: list[str]) -> int:
     if tokens in (["--version"], ["-V"]):
         print(f"megalith {__version__}")
         return 0
-    if tokens and not tokens[0].startswith("-"):
+    if tokens and tokens[0] not in ("-h", "--help"):
         _check_verb(tokens[0])
     from cyclopts import CycloptsError
 
@@ -131,6 +131,8 @@ def _check_verb(name: str) -> None:
         return
     near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
     known = f"Verbs: {', '.join(VERBS)}."
+    if name.startswith("-"):
+        raise ConfigError(f"`megalith` has no flag `{name}`; flags come after the verb.", known)
     raise ConfigError(f"There is no verb `{name}`.", f"Did you mean `megalith {near[0]}`? {known}" if near else known)
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".svg", ".pdf")
 _MS = 1e6
+# Two pieces in one segment have a gap of zero, which a logarithmic axis cannot show: they stand at this, in ms.
+_LOG_FLOOR_MS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,14 @@ def plot_load(picture: LoadPicture, path: Path) -> None:
 def _draw_cdfs(axes: Axes, picture: LoadPicture) -> None:
     """Step functions: the share of samples at or below a latency, on a logarithmic axis."""
     for name, samples in picture.latencies_ns.items():
-        positive = sorted(sample for sample in samples if sample > 0)
-        if not positive:
+        ordered = [max(sample / _MS, _LOG_FLOOR_MS) for sample in sorted(samples)]
+        if not ordered:
             continue
-        shares = [(i + 1) / len(positive) for i in range(len(positive))]
-        axes.step([s / _MS for s in positive], shares, where="post", label=f"{name} (n = {len(positive):,})")
+        shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
+        axes.step(ordered, shares, where="post", label=f"{name} (n = {len(ordered):,})")
     if axes.lines:
         axes.set_xscale("log")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
     axes.set(xlabel="ms", ylabel="share at or below", title="Latency", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
 

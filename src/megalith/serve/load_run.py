@@ -140,7 +140,7 @@ class LoadRun:
             if self._stopping.is_set():
                 return
             shapes = [RequestShape(_WARMUP_INDEX + i, None, 16, 8) for i in indices]
-            records = await asyncio.gather(*(self._send(s, self._body(s), 0) for s in shapes))
+            records = await asyncio.gather(*(self._send(s, self._body(s)) for s in shapes))
             bad = next((r for r in records if r.outcome in ("error", "timeout")), None)
             if bad is not None:
                 raise EndpointError(
@@ -166,20 +166,14 @@ class LoadRun:
                 await place.acquire()
                 if limit_ns is not None and self._now_ns() >= limit_ns:
                     break
-                due_ns = self._now_ns() if shape.at_ns is None else shape.at_ns
                 self.issued += 1
-                tasks.create_task(self._tracked(shape, body, due_ns, place, on_record))
+                tasks.create_task(self._tracked(shape, body, place, on_record))
 
     async def _tracked(
-        self,
-        shape: RequestShape,
-        body: bytes,
-        due_ns: int,
-        place: asyncio.Semaphore,
-        on_record: Callable[[RequestRecord], None],
+        self, shape: RequestShape, body: bytes, place: asyncio.Semaphore, on_record: Callable[[RequestRecord], None]
     ) -> None:
         try:
-            record = await self._send(shape, body, due_ns)
+            record = await self._send(shape, body)
         finally:
             place.release()
         self.records.append(record)
@@ -189,7 +183,7 @@ class LoadRun:
             self.gave_up = f"{self._failures_in_a_row} requests in a row failed; the last: {record.error}"
             self.stop()
 
-    async def _send(self, shape: RequestShape, body: bytes, due_ns: int) -> RequestRecord:
+    async def _send(self, shape: RequestShape, body: bytes) -> RequestRecord:
         """One request; a failure, a time-out and a cancellation are outcomes, not exceptions."""
         path = "/chat/completions" if self.config.api == "chat" else "/completions"
         sink = StreamSink()
@@ -206,6 +200,7 @@ class LoadRun:
             outcome, detail = "cancelled", "the run was stopped"
         if outcome == "ok":
             outcome, detail = _judge(sink)
+        due_ns = sent_ns if shape.at_ns is None else shape.at_ns
         return self._record(shape, sink, (due_ns, sent_ns), (outcome, detail))
 
     def _record(

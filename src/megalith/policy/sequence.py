@@ -30,7 +30,7 @@ class Sequence:
     with one token left to compute is decoding: the next step that it joins samples.
     """
 
-    __slots__ = ("cached", "computed", "end", "hashes", "known", "phase", "rank", "request", "started", "table")
+    __slots__ = ("cached", "computed", "end", "hashes", "known", "phase", "rank", "request", "table")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -38,16 +38,11 @@ class Sequence:
         self.known = request.prompt_tokens
         self.end = request.prompt_tokens + request.max_new_tokens
         self.computed = 0
-        self.cached = 0
-        self.started = False
+        self.cached: int | None = None
+        """Tokens that the prefix cache had at the first admission; None before it."""
         self.phase = Phase.WAITING
         self.table = BlockTable([], 0)
         self.hashes: list[int] | tuple[int, ...] = request.prefix_hashes
-
-    @property
-    def remaining(self) -> int:
-        """Known tokens that are not computed."""
-        return self.known - self.computed
 
     def add_hash(self, block_hash: int) -> None:
         """Remember the hash of the next block, for the prefix cache after a preemption."""

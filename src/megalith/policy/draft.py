@@ -1,0 +1,159 @@
+"""One step while it is being put together: the shape that a batch policy asked for, filled in rank order.
+
+Knows the roster, one step shape and the limits; does not know how long the step will stay right (horizon.py).
+"""
+
+from __future__ import annotations
+
+from megalith.policy.batching import Admission, StepShape
+from megalith.policy.facts import Chunk, Preempt, PreemptMode, Resume
+from megalith.policy.kv import Short
+from megalith.policy.roster import Roster
+from megalith.policy.sequence import Phase, Sequence
+
+
+class Draft:
+    """Call fill() once, then read the lists."""
+
+    __slots__ = ("_expected", "_left", "_mode", "_roster", "_shape", "_slots", "chunks", "preempts", "resumes", "rows")
+
+    def __init__(self, roster: Roster, shape: StepShape, max_sequences: int, mode: PreemptMode) -> None:
+        self.rows: list[Sequence] = []
+        self.chunks: list[Chunk] = []
+        """Parallel to rows."""
+        self.preempts: list[Preempt] = []
+        self.resumes: list[Resume] = []
+        self._roster = roster
+        self._shape = shape
+        self._mode: PreemptMode = mode
+        # A mixed step must have a token for every decode.
+        self._slots = min(max_sequences, shape.token_budget) if shape.mixed else max_sequences
+        self._left = shape.token_budget
+        """Tokens of the budget not given away; below zero when one prompt alone exceeds it."""
+        self._expected: set[int] = set()
+        """Hashes of the blocks that running prompts complete next."""
+
+    def fill(self) -> bool:
+        """Form the step. True when it is made of all running requests, each decoding, and nothing moves for it."""
+        if self._shape.admission is not Admission.NONE:
+            self._make_room()
+        if self._shape.mixed:
+            self._add_decodes()
+        decodes = len(self.rows)
+        self._add_prompts()
+        if not self._shape.mixed and not self.rows:
+            self._add_decodes()
+            decodes = len(self.rows)
+        only_decodes = decodes == len(self.rows) == len(self._roster.running)
+        return only_decodes and not self.preempts and not self.resumes
+
+    def _take(self, sequence: Sequence, new_tokens: int) -> None:
+        samples = new_tokens == sequence.known - sequence.computed
+        self.rows.append(sequence)
+        self.chunks.append(Chunk(sequence.request.id, new_tokens, sequence.computed, samples))
+        self._left -= new_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preempts.append(self._roster.preempt(sequence, self._mode))
+
+    def _make_room(self) -> None:
+        """A head of higher priority takes the place of running requests, last in rank first, if that lets it in.
+
+        Happens before anything else of the step: a preempt's copy must not overwrite host blocks that a resume of the
+        same step still has to read.
+        """
+        roster, kv = self._roster, self._roster.kv
+        head, running = roster.queue.head(), roster.running
+        if head is None or not running or running[-1].request.priority >= head.request.priority:
+            return
+        lower = [sequence for sequence in running if sequence.request.priority < head.request.priority]
+        reserve = kv.watermark_blocks if len(lower) < len(running) else 0
+        reachable = kv.free_blocks + sum(len(sequence.table.blocks) for sequence in lower)
+        if kv.needed_blocks(head.known, head.hashes) + reserve > reachable:
+            return
+        while lower and (
+            len(running) >= self._slots or kv.needed_blocks(head.known, head.hashes) + reserve > kv.free_blocks
+        ):
+            self._preempt(lower.pop())
+
+    def _add_decodes(self) -> None:
+        """Decodes in rank order, with room for their next token; the last in rank step aside when blocks run out."""
+        running, kv = self._roster.running, self._roster.kv
+        index = 0
+        while index < len(running) and len(self.rows) < self._slots:
+            sequence = running[index]
+            index += 1
+            if sequence.known - sequence.computed != 1:
+                continue
+            while sequence.known > len(sequence.table.blocks) * kv.block_tokens and not kv.grow(sequence.table):
+                self._preempt(running[-1])
+                if sequence.phase is not Phase.RUNNING:
+                    return
+            self._take(sequence, 1)
+
+    def _add_prompts(self) -> None:
+        """Prompts (and whatever else is to be computed again) in rank order, running and queued ones merged."""
+        queue, split = self._roster.queue, self._shape.split
+        pending = [sequence for sequence in self._roster.running if sequence.known - sequence.computed > 1]
+        for prompt in pending:
+            self._expect(prompt)
+        admission = self._shape.admission
+        while admission is Admission.ALL and (first := queue.head()) is not None and self._admit(first):
+            pending.append(first)
+        admitting = admission is Admission.BUDGET
+        index = 0
+        while self._left > 0:
+            sequence = pending[index] if index < len(pending) else None
+            head = queue.head() if admitting else None
+            if head is not None and (sequence is None or head.rank < sequence.rank):
+                if not split and self.rows and self._to_compute(head) > self._left:
+                    return
+                # Nobody overtakes a head that cannot come in: it would starve.
+                admitting = self._admit(head)
+                if not admitting:
+                    continue
+                sequence = head
+            elif sequence is not None:
+                index += 1
+            else:
+                return
+            remaining = sequence.known - sequence.computed
+            if remaining > self._left and not split and self.rows:
+                return
+            self._take(sequence, min(remaining, self._left) if split else remaining)
+
+    def _admit(self, head: Sequence) -> bool:
+        """Bring the head of the queue onto the device if there is room and nothing is gained by waiting a step."""
+        if len(self._roster.running) >= self._slots or self._is_coming(head):
+            return False
+        if any(preempt.request_id == head.request.id for preempt in self.preempts):
+            return False
+        result = self._roster.admit(head)
+        if isinstance(result, Short):
+            return False
+        if result.resume is not None:
+            self.resumes.append(result.resume)
+        self._expect(head)
+        return True
+
+    def _expect(self, sequence: Sequence) -> None:
+        if sequence.table.sealed < len(sequence.hashes):
+            self._expected.add(sequence.hashes[sequence.table.sealed])
+
+    def _is_coming(self, head: Sequence) -> bool:
+        """Whether the next block that the prefix cache lacks for this request is being computed for another one.
+
+        Then it waits: many requests with one long new prefix (n answers to one prompt) compute it once. A static batch
+        does not wait, for it would start without them.
+        """
+        if not self._expected or head.phase is not Phase.WAITING or self._shape.admission is not Admission.BUDGET:
+            return False
+        kv = self._roster.kv
+        hits = kv.match_blocks(head.known, head.hashes)
+        within = hits < min(len(head.hashes), (head.known - 1) // kv.block_tokens)
+        return kv.prefix_cache and within and head.hashes[hits] in self._expected
+
+    def _to_compute(self, head: Sequence) -> int:
+        """Tokens that a queued request would have to compute if it were admitted now."""
+        kv = self._roster.kv
+        return head.known - max(head.computed, kv.match_blocks(head.known, head.hashes) * kv.block_tokens)

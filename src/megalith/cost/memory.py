@@ -26,8 +26,12 @@ FORMATS: dict[str, tuple[int, int]] = {
 fp8 scale for 16. panel*: the packed weights of the native CPU backend, 16 columns x 32 inputs with their scales."""
 
 KV_FORMATS = ("bf16", "f16", "fp16", "f32", "fp32", "float32", "fp8")
-SHRINKING = ("bf16", "q8_0", "q6_k", "q5_k", "q4_1", "q4_k", "q4_0")
-"""Formats offered as a remedy, from the largest to the smallest."""
+SHRINKING = {
+    "native": ("q8_0", "q4_1"),
+    "torch-cpu": ("bf16",),
+    "cuda": ("bf16", "fp8", "q6_k", "q5_k", "q4_k"),
+}
+"""Formats offered as a remedy to each kind of runner, from the largest to the smallest."""
 
 
 def block_of(name: str) -> tuple[int, int]:
@@ -138,12 +142,12 @@ RESIDENCY: dict[str, Residency] = {
     "torch-cpu": Residency(384 * MIB, "interpreter, PyTorch CPU libraries", 4, 12, 0.03),
     "cuda": Residency(1200 * MIB, "device context 600 MiB, CUDA graphs and workspaces 600 MiB", 2, 8, 0.03),
 }
-"""Sources: `native` and `torch-cpu` measured on the reference machine by `megalith bench` (docs/prediction.md); `cuda` is
-an assumption until a GPU run corrects it."""
+"""Sources: `native` and `torch-cpu` measured on the reference machine by `megalith bench` (docs/prediction.md); `cuda`
+is an assumption until a GPU run corrects it."""
 
 
 def row_values(spec: ModelSpec) -> int:
-    """Activation values that one row needs at once: residual twice, q, k, v, attention out, and the FFN's inner rows."""
+    """Activation values that one row needs at once: residual, q, k, v, attention output, and the FFN's inner rows."""
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     ffn = spec.ffn * (2 if spec.gated_ffn else 1) * max(spec.experts_per_token, 1)
     return 3 * spec.hidden + attention + ffn
@@ -217,9 +221,7 @@ def itemise(spec: ModelSpec, weights: WeightBytes, request: MemoryRequest) -> tu
         lines.append(
             MemoryLine(item="links", num_bytes=256 * MIB, formula="buffers of the collectives (assumption: 256 MiB)")
         )
-    lines.append(
-        MemoryLine(item="overhead", num_bytes=residency.base_bytes, formula=residency.base_note)
-    )
+    lines.append(MemoryLine(item="overhead", num_bytes=residency.base_bytes, formula=residency.base_note))
     rounding = round(residency.margin * sum(line.num_bytes for line in lines[:3]))
     lines.append(
         MemoryLine(item="margin", num_bytes=rounding, formula=f"{residency.margin:.0%} of weights, kv and activations")

@@ -42,7 +42,7 @@ class DeviceSpec(Config, kw_only=True):
     flops_per_s: dict[str, float]
     """Dense peak by number type: fp32, tf32, fp16, bf16, fp8, int8, int4, fp4. Multiply-add counts as two."""
     link_bytes_per_s: dict[str, int] = {}
-    """One direction: `peer` (NVLink, xGMI), `host` (PCIe), `network` (one adapter's share), `near` (slower attached memory)."""
+    """One direction: `peer` (NVLink, xGMI), `host` (PCIe), `network` (its share), `near` (slower attached memory)."""
     max_group: int = 8
     """Devices of one node that share the fast links; 1 when there are none."""
     tdp_w: float | None = None

@@ -1,0 +1,111 @@
+"""`megalith plan serve`: what fits, how fast, and at what power and cost, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from megalith.base.units import parse_bytes
+from megalith.cli.output import JsonFlag, print_json, result_console
+
+if TYPE_CHECKING:
+    from megalith.plan.request import ServeRequest
+    from megalith.specs.plan import ServePlan
+
+app = App(
+    name="plan",
+    help="Say what fits, how fast and at what cost, before loading anything.",
+    help_format="plaintext",
+)
+
+_EXAMPLES = """\
+MODEL is a catalogue name (`megalith models` lists them), a GGUF file, a Hugging Face directory, or a model that is
+installed here. DEVICE is a catalogue name, `here` (this machine's processor) or `cuda` (its first GPU). Every figure is
+predicted; [low, high] should hold the measured value in nine cases of ten.
+
+Examples:
+  megalith plan serve smollm2                                  on this machine
+  megalith plan serve llama-3.1-70b --device h100              one GPU, bf16: does not fit, and what would
+  megalith plan serve llama-3.1-70b --device h100 --devices 4  tensor-parallel over four
+  megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384 --batch 8
+  megalith plan serve smollm2 --memory 256MiB --json"""
+
+
+@Parameter(name="*", group="What to plan")
+@dataclass(frozen=True)
+class Question:
+    """The deployment in question."""
+
+    device: str = "here"
+    """Catalogue device, `here` or `cuda`."""
+    devices: int = 1
+    """Devices side by side (tensor parallel)."""
+    memory: str | None = None
+    """Memory limit of each device, such as 4GiB; by default what is free here, or 90 % of a catalogue device."""
+    context: int | None = None
+    """Tokens of prompt and output of each sequence; by default the model's own, at most 4096."""
+    batch: int = 1
+    """Sequences at once, each with its full context."""
+    prompt: int | None = None
+    """Prompt tokens of the TTFT prediction; by default half the context, at most 512."""
+    weight_format: Annotated[str | None, Parameter(name="--format")] = None
+    """Weight format: bf16, fp8, int8, q8_0, q4_1, q4_k, ...; by default as stored, else bf16."""
+    kv_format: Annotated[str, Parameter(name="--kv")] = "bf16"
+    """KV format: bf16, fp8 or f32."""
+    mode: str = "auto"
+    """On `here`: auto (native), native, bf16 or float32."""
+
+
+@app.command(help_epilogue=_EXAMPLES)
+def serve(model: str, question: Question | None = None, *, json: JsonFlag = False) -> int:
+    """Print the plan of serving MODEL; exit code 1 when it does not fit."""
+    from megalith.plan.serve import plan_serve
+
+    plan = plan_serve(_request(model, question or Question()))
+    if json:
+        print_json(plan)
+    else:
+        _print(plan)
+    return 0 if plan.fits else 1
+
+
+def _request(model: str, question: Question) -> ServeRequest:
+    from megalith.cost.profile import RunnerKind, from_device
+    from megalith.plan import fit, machine
+    from megalith.plan.request import ServeRequest
+    from megalith.plan.source import resolve
+    from megalith.specs import catalog
+
+    planned = resolve(model)
+    number = question.weight_format or "bf16"
+    if question.device == "here":
+        kind: RunnerKind = "native" if question.mode in ("auto", "native") else "torch-cpu"
+        profile = machine.here(kind)
+    else:
+        cuda = question.device.startswith("cuda")
+        profile = machine.cuda_profile(number) if cuda else from_device(catalog.device(question.device), number)
+    exact = question.mode == "float32" and profile.kind == "torch-cpu"
+    given = None if question.memory is None else parse_bytes(question.memory)
+    limit, limit_source = fit.memory_limit(given, profile.kind, profile.memory_bytes)
+    return ServeRequest(
+        model=planned.name, spec=planned.spec, profile=profile,
+        weights=planned.weights(profile.kind, question.weight_format or ("f32" if exact else None)),
+        limit_bytes=limit, limit_source=limit_source,
+        context=question.context or min(planned.spec.max_context, 4096), batch=question.batch,
+        prompt_tokens=question.prompt, kv_format=question.kv_format, devices=question.devices,
+        rows=256 if question.device == "here" else 2048, outputs=question.batch,
+    )  # fmt: skip
+
+
+def _print(plan: ServePlan) -> None:
+    from megalith.plan import explain
+
+    console = result_console()
+    for line in explain.headline(plan):
+        console.print(line, soft_wrap=True)
+    console.print(explain.memory_table(plan).to_rich())
+    if plan.remedies:
+        console.print(explain.remedy_table(plan).to_rich())
+    console.print(explain.speed_table(plan).to_rich())

@@ -1,0 +1,170 @@
+"""check_fits: what the serving verbs ask before they load anything.
+
+Turns an engine configuration into a plan and the sizes that the engine is then built with, or refuses with numbers.
+Must not know runners; the configuration is read through a protocol, because the engine stands above this floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from megalith.base.errors import DoesNotFit
+from megalith.base.units import MIB, format_bytes
+from megalith.cost.memory import blocks_for, device_block_bytes
+from megalith.cost.profile import RunnerKind
+from megalith.plan import machine
+from megalith.plan.explain import plan_text
+from megalith.plan.request import ServeRequest, blocks_that_fit, check
+from megalith.plan.serve import plan_serve
+from megalith.plan.source import PlannedModel, resolve
+from megalith.specs.plan import ServePlan
+
+SMALLEST_CONTEXT = 256
+"""A context that nobody asked for is never derived shorter than this."""
+_KV_SHARE = 0.25
+"""Part of the free memory that KV may take when no limit was given."""
+_CUDA_SHARE = 0.9
+
+
+class EngineSettings(Protocol):
+    """The fields of `engine.api.EngineConfig` that decide memory."""
+
+    @property
+    def model(self) -> str: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def mode(self) -> str: ...  # noqa: D102
+    @property
+    def memory_bytes(self) -> int | None: ...  # noqa: D102
+    @property
+    def max_context(self) -> int | None: ...  # noqa: D102
+    @property
+    def max_sequences(self) -> int: ...  # noqa: D102
+    @property
+    def token_budget(self) -> int: ...  # noqa: D102
+    @property
+    def preempt(self) -> str: ...  # noqa: D102
+    @property
+    def block_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def num_blocks(self) -> int | None: ...  # noqa: D102
+    @property
+    def num_host_blocks(self) -> int | None: ...  # noqa: D102
+    @property
+    def threads(self) -> int | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What to build the instance with, and the plan that says so."""
+
+    kind: RunnerKind
+    max_context: int
+    num_blocks: int
+    num_host_blocks: int
+    limit_bytes: int
+    plan: ServePlan
+    text: str
+    """The plan in a few lines, for the terminal."""
+
+
+def check_fits(
+    config: EngineSettings,
+    *,
+    kind: RunnerKind | None = None,
+    model: PlannedModel | None = None,
+    kv_format: str | None = None,
+) -> Fit:
+    """Sizes for `config`, or DoesNotFit with the numbers and what would fit.
+
+    `kind` is the runner that will be used (None: what the configuration implies), `model` one that is already resolved,
+    `kv_format` what that runner stores (None: its default). Reads headers and stored profiles only.
+    """
+    kind = kind or kind_of(config)
+    request = base_request(config, kind, model or resolve(config.model), kv_format)
+    check(request)
+    swap = config.num_host_blocks is None and config.preempt == "swap"
+    host_blocks = config.num_host_blocks or 0
+    one = blocks_for(request.context, request.block_tokens)
+    if config.num_blocks is not None:
+        blocks = config.num_blocks
+        needed = _with(request, num_blocks=blocks, num_host_blocks=blocks if swap else host_blocks)
+    else:
+        room = blocks_that_fit(_with(request, num_host_blocks=host_blocks)) // (2 if swap else 1)
+        if config.max_context is None and room < one:
+            request = _shorter(request, room)
+            one = blocks_for(request.context, request.block_tokens)
+        blocks = max(one, min(room, _wanted(config, request)))
+        needed = _with(request, num_blocks=blocks, num_host_blocks=blocks if swap else host_blocks)
+    plan = plan_serve(needed)
+    if not plan.fits:
+        raise does_not_fit(plan)
+    return Fit(kind, request.context, blocks, needed.num_host_blocks, request.limit_bytes, plan, plan_text(plan))
+
+
+def kind_of(config: EngineSettings) -> RunnerKind:
+    """The kind of runner that a configuration implies; `auto` counts as native, which is tried first."""
+    if config.device.startswith("cuda"):
+        return "cuda"
+    return "native" if config.mode in ("auto", "native") else "torch-cpu"
+
+
+def base_request(config: EngineSettings, kind: RunnerKind, model: PlannedModel, kv_format: str | None) -> ServeRequest:
+    """The request for one sequence at full context, before the number of blocks is decided."""
+    profile = machine.here(kind, config.threads)
+    exact = config.mode == "float32"
+    limit, limit_source = memory_limit(config.memory_bytes, kind, profile.memory_bytes)
+    return ServeRequest(
+        model=model.name, spec=model.spec, weights=model.weights(kind, "f32" if exact else None), profile=profile,
+        limit_bytes=limit, limit_source=limit_source, context=config.max_context or model.spec.max_context,
+        kv_format=kv_format or ("f32" if exact else "bf16"), block_tokens=config.block_tokens,
+        rows=config.token_budget, outputs=min(config.max_sequences, config.token_budget),
+    )  # fmt: skip
+
+
+def memory_limit(given: int | None, kind: RunnerKind, device_bytes: int) -> tuple[int, str]:
+    """(bytes, where that comes from): what was given, else what is free now less a margin."""
+    if given is not None:
+        return given, "given"
+    if kind == "cuda":
+        return round(_CUDA_SHARE * device_bytes), f"{_CUDA_SHARE:.0%} of the device"
+    free = machine.available_memory_bytes()
+    margin = max(256 * MIB, free // 20)
+    return max(free - margin, 1), f"{format_bytes(free)} free less {format_bytes(margin)}"
+
+
+def _wanted(config: EngineSettings, request: ServeRequest) -> int:
+    """Blocks for every sequence at full context; without a given limit at most a quarter of what is free on a CPU."""
+    wanted = config.max_sequences * blocks_for(request.context, request.block_tokens)
+    if config.memory_bytes is None and request.profile.kind != "cuda":
+        block = device_block_bytes(request.spec, request.memory_request(1))
+        wanted = min(wanted, int(_KV_SHARE * request.limit_bytes) // block)
+    return wanted
+
+
+def _shorter(request: ServeRequest, room: int) -> ServeRequest:
+    """The longest context that `room` blocks hold, when it is worth having; else the request as it was."""
+    context = room * request.block_tokens
+    return request if context < SMALLEST_CONTEXT else _with(request, context=context)
+
+
+def _with(request: ServeRequest, **changes: int | None) -> ServeRequest:
+    import msgspec
+
+    return msgspec.structs.replace(request, **changes)
+
+
+def does_not_fit(plan: ServePlan) -> DoesNotFit:
+    """The refusal: what is needed, by item, against the limit; and every change that would make it fit."""
+    items = " + ".join(f"{line.item} {format_bytes(line.num_bytes)}" for line in plan.memory)
+    each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
+    sequences = "one sequence" if plan.batch == 1 else f"{plan.batch} sequences"
+    what = (
+        f"{plan.model} in {plan.weight_format} with {sequences} of {plan.context:,} tokens needs "
+        f"{format_bytes(plan.need_bytes)}{each} ({items}), which is {format_bytes(plan.need_bytes - plan.limit_bytes)} "
+        f"more than the limit of {format_bytes(plan.limit_bytes)} ({plan.limit_source})."
+    )
+    ways = "; or ".join(f"{remedy.change} (needs {format_bytes(remedy.need_bytes)})" for remedy in plan.remedies)
+    return DoesNotFit(what, f"What would fit: {ways}.")

@@ -1,0 +1,88 @@
+"""ServeRequest: what is to be planned, and how many bytes that takes.
+
+Knows memory only. Speed and advice are in `serve` and `remedies`.
+"""
+
+from __future__ import annotations
+
+from megalith.base.config import Config
+from megalith.base.errors import ConfigError
+from megalith.cost.memory import MemoryRequest, WeightBytes, blocks_for, device_block_bytes, itemise
+from megalith.cost.profile import Profile
+from megalith.specs.model import ModelSpec
+from megalith.specs.plan import MemoryLine
+
+
+class ServeRequest(Config, kw_only=True):
+    """What is to be planned. Sizes in bytes are of one device."""
+
+    model: str
+    spec: ModelSpec
+    weights: WeightBytes
+    profile: Profile
+    limit_bytes: int
+    limit_source: str
+    context: int
+    """Tokens of prompt and output of each sequence."""
+    batch: int = 1
+    """Sequences at once, each with its full context."""
+    prompt_tokens: int | None = None
+    """Prompt of the TTFT prediction; None: half the context, at most 512."""
+    kv_format: str = "bf16"
+    block_tokens: int = 16
+    rows: int = 256
+    """Token budget of a step."""
+    outputs: int | None = None
+    """Rows of logits at once; None: the batch, at most the token budget."""
+    devices: int = 1
+    num_blocks: int | None = None
+    """None: what the batch at full context needs."""
+    num_host_blocks: int = 0
+
+    def memory_request(self, num_blocks: int) -> MemoryRequest:
+        """The memory question for a pool of `num_blocks` blocks."""
+        return MemoryRequest(
+            kind=self.profile.kind, kv_format=self.kv_format, block_tokens=self.block_tokens, num_blocks=num_blocks,
+            rows=self.rows, outputs=min(self.outputs or self.batch, self.rows), devices=self.devices,
+            num_host_blocks=self.num_host_blocks,
+        )  # fmt: skip
+
+    def wanted_blocks(self) -> int:
+        """Blocks for every sequence at full context, unless the caller said how many."""
+        if self.num_blocks is not None:
+            return self.num_blocks
+        return self.batch * blocks_for(self.context, self.block_tokens)
+
+
+def check(request: ServeRequest) -> None:
+    """Refuse sizes that mean nothing. Raises ConfigError."""
+    for name in ("context", "batch", "rows", "block_tokens", "devices", "limit_bytes"):
+        if getattr(request, name) < 1:
+            raise ConfigError(f"{name} is {getattr(request, name)} but must be at least 1.")
+    if request.context > request.spec.max_context:
+        raise ConfigError(
+            f"A context of {request.context:,} tokens is more than {request.model} was made for "
+            f"({request.spec.max_context:,}).",
+            f"Use --context {request.spec.max_context} or less.",
+        )
+    if request.devices > 1 and request.spec.num_heads % request.devices:
+        raise ConfigError(f"{request.spec.num_heads} heads cannot be cut over {request.devices} devices evenly.")
+
+
+def need_bytes(request: ServeRequest, num_blocks: int) -> tuple[tuple[MemoryLine, ...], int]:
+    """The memory lines of one device for a pool of `num_blocks` blocks, and their sum."""
+    lines = itemise(request.spec, request.weights, request.memory_request(num_blocks))
+    return lines, sum(line.num_bytes for line in lines)
+
+
+def blocks_that_fit(request: ServeRequest) -> int:
+    """The largest pool that fits beside everything else; 0 when even none does."""
+    block = device_block_bytes(request.spec, request.memory_request(1))
+    without = need_bytes(request, 0)[1]
+    if without > request.limit_bytes:
+        return 0
+    blocks = (request.limit_bytes - without) // block
+    while blocks > 0 and need_bytes(request, blocks)[1] > request.limit_bytes:
+        over = need_bytes(request, blocks)[1] - request.limit_bytes
+        blocks -= max(1, over // (2 * block))
+    return int(blocks)

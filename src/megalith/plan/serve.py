@@ -1,0 +1,118 @@
+"""plan_serve: one model on one device (or a group), before anything is loaded, as a ServePlan.
+
+Asks `cost` for every figure and wraps it in the band of its profile. Must not measure, load or import torch.
+"""
+
+from __future__ import annotations
+
+from megalith.cost import energy
+from megalith.cost.compute import CostModel, StepCost
+from megalith.cost.memory import blocks_for, kv_bytes_per_token
+from megalith.cost.parameters import active_parameters, count
+from megalith.cost.profile import Profile
+from megalith.plan.remedies import remedies
+from megalith.plan.request import ServeRequest, blocks_that_fit, check, need_bytes
+from megalith.specs.plan import BatchPoint, Estimate, ServePlan
+
+MAX_POINT_BATCH = 256
+
+
+def plan_serve(request: ServeRequest) -> ServePlan:
+    """The plan: memory by item, fit and remedies, speed, power and money by batch. Raises ConfigError on bad sizes."""
+    check(request)
+    wanted = request.wanted_blocks()
+    lines, need = need_bytes(request, wanted)
+    fits = need <= request.limit_bytes
+    room = blocks_that_fit(request)
+    per_sequence = blocks_for(request.context, request.block_tokens)
+    cost = CostModel(request.spec, request.profile, request.weights, request.kv_format, request.devices)
+    max_sequences = (room if request.num_blocks is None else min(room, wanted)) // per_sequence
+    prompt = request.prompt_tokens or max(1, min(512, request.context // 2))
+    prefill = banded(request.profile, cost.prefill(prompt, request.rows).duration_ns)
+    profile = request.profile
+    return ServePlan(
+        model=request.model,
+        parameters=count(request.spec).total,
+        active_parameters=active_parameters(request.spec),
+        device=profile.name,
+        device_source=f"{profile.source} ({profile.date})",
+        devices=request.devices,
+        weight_format=request.weights.format,
+        kv_format=request.kv_format,
+        context=request.context,
+        batch=request.batch,
+        block_tokens=request.block_tokens,
+        num_blocks=wanted,
+        kv_bytes_per_token=kv_bytes_per_token(request.spec, request.kv_format),
+        memory=lines,
+        need_bytes=need,
+        limit_bytes=request.limit_bytes,
+        limit_source=request.limit_source,
+        fits=fits,
+        remedies=() if fits else remedies(request),
+        max_context=min(request.spec.max_context, room * request.block_tokens),
+        max_sequences=max_sequences,
+        prompt_tokens=prompt,
+        prefill_tokens_per_s=prefill.inverse(prompt * 1e9),
+        ttft_ns=prefill,
+        points=tuple(
+            _point(request, cost, batch, batch <= max_sequences) for batch in _batches(request, max_sequences)
+        ),
+        band_source=profile.band.source,
+        notes=_notes(request),
+    )
+
+
+def _batches(request: ServeRequest, max_sequences: int) -> list[int]:
+    """1, 2, 4, ... up to what fits (one more, to show where it ends), and the batch asked for."""
+    top = min(max(max_sequences, request.batch), MAX_POINT_BATCH)
+    powers = [1 << exponent for exponent in range(top.bit_length())]
+    return sorted({*powers, request.batch})
+
+
+def banded(profile: Profile, duration_ns: float) -> Estimate:
+    """A predicted duration with the band of its profile (measured is between low and high times predicted)."""
+    return Estimate(value=duration_ns, low=duration_ns * profile.band.low, high=duration_ns * profile.band.high)
+
+
+def _point(request: ServeRequest, cost: CostModel, batch: int, fits: bool) -> BatchPoint:
+    step = cost.decode_step(batch, request.context)
+    tpot = banded(request.profile, step.duration_ns)
+    rate = tpot.inverse(batch * 1e9)
+    power, joules = _energy(request, step, tpot, batch)
+    price = request.profile.price_per_hour_usd
+    return BatchPoint(
+        batch=batch,
+        context=request.context,
+        fits=fits,
+        tpot_ns=tpot,
+        tokens_per_s=rate,
+        binding=step.binding if fits else "KV capacity",
+        power_w=power,
+        joules_per_token=joules,
+        usd_per_million_tokens=None if price is None else energy.usd_per_million_tokens(price, rate, request.devices),
+    )
+
+
+def _energy(
+    request: ServeRequest, step: StepCost, tpot: Estimate, batch: int
+) -> tuple[Estimate | None, Estimate | None]:
+    power = request.profile.power
+    if power is None:
+        return None, None
+    one = energy.power_w(power, step)
+    return one.scaled(request.devices), energy.joules_per_token(one, tpot, batch, request.devices)
+
+
+def _notes(request: ServeRequest) -> tuple[str, ...]:
+    notes = []
+    if request.spec.num_experts:
+        notes.append("Experts: a step reads the expected number of distinct experts, tokens routed evenly.")
+    if request.spec.sliding_window is not None:
+        notes.append(
+            f"Sliding window of {request.spec.sliding_window:,} tokens: it shortens attention; the paged cache still "
+            "keeps every token of every layer."
+        )
+    if request.profile.power is not None:
+        notes.append(f"Power: {request.profile.power.source}.")
+    return tuple(notes)

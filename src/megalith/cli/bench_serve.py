@@ -32,7 +32,6 @@ _MAX_REQUESTS = 1_000_000
 
 app = App(
     name="serve",
-    help="Put load on an OpenAI endpoint and measure.",
     help_format="plaintext",
     help_epilogue="""\
 Examples:
@@ -139,8 +138,9 @@ def bench_serve(
 ) -> int:
     """Put load on an OpenAI-compatible endpoint and measure it at the client.
 
-    Reports percentiles of TTFT, ITL, TPOT and E2E, token and request rates, goodput under a service level, and
-    refusals and errors apart. Ctrl-C ends the run and reports what was measured so far.
+    Reports percentiles of TTFT, ITL, TPOT and E2E, token and request rates,
+    goodput under a service level, and refusals and errors apart. Ctrl-C ends
+    the run and reports what was measured so far.
     """
     from megalith.serve.load_http import parse_endpoint
     from megalith.serve.load_report import build_report, parse_slo

@@ -77,9 +77,9 @@ def _dispatch(tokens: list[str]) -> int:
     from cyclopts import CycloptsError
 
     try:
-        app = build_app()
+        app = build_app(tokens[0] if tokens else None)
         if tokens[:1] == ["bench"]:
-            attach_load_generator(app)
+            attach_load_generator(app, chosen=tokens[1:2] == ["serve"])
         result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         raise _usage_error(error, tokens) from None
@@ -88,27 +88,32 @@ def _dispatch(tokens: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def build_app() -> App:
-    """The command with every verb registered by import path: listing them imports none of them."""
-    from cyclopts import App
+def build_app(chosen: str | None = None) -> App:
+    """The command with every verb registered by import path: listing them imports none of them.
+
+    The `chosen` verb's own help is shown in full; the others are one line each.
+    """
+    from cyclopts import App, Group
 
     app = App(
         name="megalith",
         help="Plan and serve models that are bigger than the machine.",
         help_format="plaintext",
-        help_epilogue=_EXAMPLES,
+        help_epilogue=None if chosen in VERBS else _EXAMPLES,
         version=f"megalith {__version__}",
         usage="Usage: megalith VERB [OPTIONS]",
         suppress_keyboard_interrupt=False,
     )
-    app["--help"].group = app["--version"].group = "Options"
+    app["--help"].group = app["--version"].group = Group("Options", sort_key=1)
+    verbs = Group("Verbs", sort_key=0)
     for number, (verb, summary) in enumerate(VERBS.items()):
+        line = None if verb == chosen else summary
         if _installed(verb):
-            app.command(f"megalith.cli.{verb}:app", name=verb, help=summary, sort_key=number, group="Verbs")
+            app.command(f"megalith.cli.{verb}:app", name=verb, help=line, sort_key=number, group=verbs)
     return app
 
 
-def attach_load_generator(app: App) -> None:
+def attach_load_generator(app: App, *, chosen: bool = False) -> None:
     """Put `serve`, the load generator, under `bench`, unless that verb's file has already done so."""
     from cyclopts import App
 
@@ -118,7 +123,8 @@ def attach_load_generator(app: App) -> None:
         bench = App(name="bench", help=VERBS["bench"])
         app.command(bench)
     if "serve" not in bench:
-        bench.command("megalith.cli.bench_serve:app", name="serve", help="Put load on an OpenAI endpoint and measure.")
+        line = None if chosen else "Put load on an OpenAI endpoint and measure it."
+        bench.command("megalith.cli.bench_serve:app", name="serve", help=line)
 
 
 def _installed(verb: str) -> bool:

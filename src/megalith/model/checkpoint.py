@@ -149,7 +149,7 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
     """The weights of `files`. Reads headers only.
 
-    Raises ModelFormatError: a family that can only be planned, a tensor that is missing, has the wrong shape or a format
+    Raises ModelFormatError: a family that can only be planned, a tensor that is missing, has a wrong shape or a format
     we do not decode, or a layer tensor that we would have to ignore.
     """
     if files.kind == "gguf":

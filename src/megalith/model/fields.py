@@ -9,7 +9,6 @@ import numpy as np
 
 from megalith.base.errors import ModelFormatError
 
-
 _N = TypeVar("_N", int, float)
 
 

@@ -67,7 +67,7 @@ class SafetensorsModel:
         header_bytes = int.from_bytes(mapped[:8], "little")
         if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
             raise ModelFormatError(
-                f"{path} claims a header of {header_bytes} bytes, but has {size} bytes in all: it is truncated or damaged."
+                f"{path} claims a header of {header_bytes} bytes, but has {size} bytes: it is truncated or damaged."
             )
         try:
             header = msgspec.json.decode(mapped[8 : 8 + header_bytes])

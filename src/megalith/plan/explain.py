@@ -56,7 +56,7 @@ def speed_table(plan: ServePlan) -> Table:
     priced = any(point.usd_per_million_tokens is not None for point in plan.points)
     if priced:
         columns.append(Column("usd_per_million_tokens", "USD per M tokens", nature="predicted"))
-    title = f"Decode at {plan.context:,} tokens of context"
+    title = f"Decode at {plan.points[0].context:,} tokens of context"
     table = Table(columns=columns, title=title, notes=[f"Band [low, high]: {plan.band_source}."])
     for point in plan.points:
         table.add(*_speed_cells(point, priced))
@@ -121,7 +121,7 @@ def plan_text(plan: ServePlan) -> str:
         *headline(plan)[:2],
         f"memory (predicted): {items}; {plan.num_blocks:,} KV blocks of {plan.block_tokens} tokens",
         headline(plan)[2],
-        f"decode (predicted): batch {first.batch} TPOT {duration_band(first.tpot_ns)}; "
+        f"decode at {first.context:,} tokens (predicted): batch {first.batch} TPOT {duration_band(first.tpot_ns)}; "
         f"batch {last.batch} {band(last.tokens_per_s)} tok/s, bound by {last.binding}",
         f"band: {plan.band_source}",
     ]

@@ -22,6 +22,8 @@ from megalith.specs.plan import ServePlan
 
 SMALLEST_CONTEXT = 256
 """A context that nobody asked for is never derived shorter than this."""
+SPEED_CONTEXT = 1024
+"""Context of the speeds that the serving verbs print; few requests are longer."""
 _KV_SHARE = 0.25
 """Part of the free memory that KV may take when no limit was given."""
 _CUDA_SHARE = 0.9
@@ -121,6 +123,7 @@ def base_request(config: EngineSettings, kind: RunnerKind, model: PlannedModel, 
         limit_bytes=limit, limit_source=limit_source, context=config.max_context or model.spec.max_context,
         kv_format=kv_format or ("f32" if exact else "bf16"), block_tokens=config.block_tokens,
         rows=config.token_budget, outputs=min(config.max_sequences, config.token_budget),
+        speed_context=min(config.max_context or model.spec.max_context, SPEED_CONTEXT),
     )  # fmt: skip
 
 

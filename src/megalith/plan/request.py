@@ -26,6 +26,8 @@ class ServeRequest(Config, kw_only=True):
     """Tokens of prompt and output of each sequence."""
     batch: int = 1
     """Sequences at once, each with its full context."""
+    speed_context: int | None = None
+    """Context of the speed predictions; None: `context`, the slowest."""
     prompt_tokens: int | None = None
     """Prompt of the TTFT prediction; None: half the context, at most 512."""
     kv_format: str = "bf16"

@@ -26,7 +26,8 @@ def plan_serve(request: ServeRequest) -> ServePlan:
     room = blocks_that_fit(request)
     per_sequence = blocks_for(request.context, request.block_tokens)
     cost = CostModel(request.spec, request.profile, request.weights, request.kv_format, request.devices)
-    max_sequences = (room if request.num_blocks is None else min(room, wanted)) // per_sequence
+    pool = room if request.num_blocks is None else min(room, wanted)
+    max_sequences = pool // per_sequence
     prompt = request.prompt_tokens or max(1, min(512, request.context // 2))
     prefill = banded(request.profile, cost.prefill(prompt, request.rows).duration_ns)
     profile = request.profile
@@ -50,7 +51,7 @@ def plan_serve(request: ServeRequest) -> ServePlan:
         limit_source=request.limit_source,
         fits=fits,
         remedies=() if fits else remedies(request),
-        max_context=min(request.spec.max_context, room * request.block_tokens),
+        max_context=min(request.spec.max_context, pool * request.block_tokens),
         max_sequences=max_sequences,
         prompt_tokens=prompt,
         prefill_tokens_per_s=prefill.inverse(prompt * 1e9),
@@ -76,14 +77,15 @@ def banded(profile: Profile, duration_ns: float) -> Estimate:
 
 
 def _point(request: ServeRequest, cost: CostModel, batch: int, fits: bool) -> BatchPoint:
-    step = cost.decode_step(batch, request.context)
+    context = request.speed_context or request.context
+    step = cost.decode_step(batch, context)
     tpot = banded(request.profile, step.duration_ns)
     rate = tpot.inverse(batch * 1e9)
     power, joules = _energy(request, step, tpot, batch)
     price = request.profile.price_per_hour_usd
     return BatchPoint(
         batch=batch,
-        context=request.context,
+        context=context,
         fits=fits,
         tpot_ns=tpot,
         tokens_per_s=rate,

@@ -34,7 +34,11 @@ class Draft:
         """Hashes of the blocks that running prompts complete next."""
 
     def fill(self) -> bool:
-        """Form the step. True when it is made of all running requests, each decoding, and nothing moves for it."""
+        """Form the step. True when the next one would be the same but for one more token of context in each row.
+
+        So it is when all running requests are in it, each decodes, nothing is preempted or resumed, and no block is
+        about to enter the prefix cache, where it might let a waiting request in.
+        """
         if self._shape.admission is not Admission.NONE:
             self._make_room()
         if self._shape.mixed:
@@ -44,8 +48,9 @@ class Draft:
         if not self._shape.mixed and not self.rows:
             self._add_decodes()
             decodes = len(self.rows)
-        only_decodes = decodes == len(self.rows) == len(self._roster.running)
-        return only_decodes and not self.preempts and not self.resumes
+        if self.preempts or self.resumes or not decodes == len(self.rows) == len(self._roster.running):
+            return False
+        return all(row.table.sealed == len(row.hashes) for row in self.rows)
 
     def _take(self, sequence: Sequence, new_tokens: int) -> None:
         samples = new_tokens == sequence.known - sequence.computed

@@ -129,7 +129,7 @@ class Scheduler:
         draft = Draft(self._roster, shape, self.limits.max_sequences, self.limits.preempt)
         repeats = 0
         if draft.fill():
-            # Nothing but decodes, and all of them: whoever waits now waits until one of them is done.
+            # Whoever waits now waits until one of these is done: free blocks only get fewer.
             repeats = further_runs(draft.rows, self.kv.block_tokens, self.kv.free_blocks)
         return self._issue(
             StepPlan(tuple(draft.chunks), tuple(draft.preempts), tuple(draft.resumes), repeats), draft.rows

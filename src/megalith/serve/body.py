@@ -93,7 +93,8 @@ async def _collect(receive: Receive, limit: int) -> bytes:
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            await _linger(receive, size, limit)
+            if message.get("more_body", False):
+                await _linger(receive, size, limit)
             raise ApiError(
                 413,
                 f"The body is larger than {limit} bytes. Send a shorter prompt, or raise server.max_body_bytes.",

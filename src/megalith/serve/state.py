@@ -38,8 +38,8 @@ class AppState:
         self.metrics = ServerMetrics(engine, self.served_names[0], config.metrics_prefix)
         self.prompts = PromptReader(model)
         self.logprobs = LogprobWriter(model.tokenizer)
-        self._steps_seen = -1
-        self._steps_seen_ns = 0
+        self._still: tuple[int, int] | None = None
+        """(steps, when that count was first seen) while requests run."""
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served. Raises ApiError 404."""
@@ -58,10 +58,12 @@ class AppState:
         if not stats.healthy:
             return stats.detail or "The engine is not healthy."
         now_ns = time.monotonic_ns()
-        if stats.steps != self._steps_seen or not stats.running:
-            self._steps_seen, self._steps_seen_ns = stats.steps, now_ns
+        if not stats.running:
+            self._still = None
             return None
-        still_ns = now_ns - self._steps_seen_ns
+        if self._still is None or self._still[0] != stats.steps:
+            self._still = (stats.steps, now_ns)
+        still_ns = now_ns - self._still[1]
         if still_ns > self.config.stall_timeout_ns:
             return f"{stats.running} requests run but no step has ended for {still_ns / NS_PER_S:.0f} s."
         return None

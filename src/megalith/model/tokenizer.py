@@ -48,7 +48,10 @@ class Vocabulary:
     byte_ids: dict[int, int] = field(default_factory=dict)
     """{id: byte} of SentencePiece's byte tokens."""
     bos_id: int | None = None
+    eos_id: int | None = None
+    """The file's own end-of-text token."""
     eos_ids: frozenset[int] = frozenset()
+    """All tokens that end an answer, that one included."""
     add_bos: bool = False
     space_prefix: bool = False
     """A space is put before the text when encoding, so one is taken away when decoding a whole text."""
@@ -65,6 +68,7 @@ class Tokenizer:
         self._special = frozenset(i for i, special in vocabulary.added.items() if special)
         self.vocab = len(vocabulary.texts)
         self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
         self.eos_ids = vocabulary.eos_ids
         self.add_bos = vocabulary.add_bos
 

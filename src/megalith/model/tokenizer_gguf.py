@@ -73,6 +73,7 @@ def _vocabulary(keys: Fields, texts: list[str], types: Any, byte_level: bool, ad
         added={i: bool(special) for i, special in added.items()},
         byte_ids=byte_ids,
         bos_id=_token_id(keys, "bos_token_id", len(texts)),
+        eos_id=_token_id(keys, "eos_token_id", len(texts)),
         eos_ids=frozenset(ends),
         add_bos=keys.flag("add_bos_token", add_bos),
         space_prefix=not byte_level and keys.flag("add_space_prefix", True),

@@ -115,6 +115,7 @@ def _vocabulary(directory: Path, header: _TokenizerFile, backend: Any, byte_leve
     ends.update(_listed(read_json(directory / "generation_config.json").get("eos_token_id")))
     ends.update(_listed(read_json(directory / "config.json").get("eos_token_id")))
     eos = _token_id(backend, config.get("eos_token"))
+    eos = min(ends, default=None) if eos is None else eos
     wants = config.get("add_bos_token")
     byte_ids: dict[int, int] = {}
     if not byte_level:
@@ -126,6 +127,7 @@ def _vocabulary(directory: Path, header: _TokenizerFile, backend: Any, byte_leve
         added=added,
         byte_ids=byte_ids,
         bos_id=bos,
+        eos_id=eos,
         eos_ids=frozenset(ends | ({eos} if eos is not None else set())),
         add_bos=wants if isinstance(wants, bool) else bool(first) and first[0] == bos,
         space_prefix=not byte_level and strip,

@@ -28,12 +28,13 @@ class TextStream:
     nothing that follows ever is.
     """
 
-    __slots__ = ("_held", "_longest", "_stops", "_stream", "stopped")
+    __slots__ = ("_held", "_longest", "_prefixes", "_stops", "_stream", "stopped")
 
     def __init__(self, stream: TokenStream, stops: tuple[str, ...] = ()) -> None:
         self._stream = stream
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
+        self._prefixes = frozenset([stop[:size] for stop in stops for size in range(1, len(stop))])
         self._held = ""
         self.stopped: str | None = None
 
@@ -63,13 +64,12 @@ class TextStream:
 
     def _cut(self, text: str) -> str:
         """`text` up to the first stop string, else up to where one may be starting (kept for later)."""
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]  # longer wins a tie
         if found:
             at, _, self.stopped = min(found)
             return text[:at]
         for size in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-size:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                self._held = tail
+            if text[-size:] in self._prefixes:
+                self._held = text[-size:]
                 return text[:-size]
         return text

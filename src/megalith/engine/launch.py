@@ -1,0 +1,169 @@
+"""From an EngineConfig to a running instance: open the model, choose the runner, size the KV cache, put it together.
+
+Knows which parts there are and in which order they start; decides nothing about requests. torch is imported only when
+the torch runner is chosen, so that the native path starts in well under two seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from megalith.base.clock import MonotonicClock
+from megalith.base.errors import ConfigError, MachineError
+from megalith.base.units import format_bytes, format_duration
+from megalith.cost.profile import RunnerKind
+from megalith.engine.admission import Admission
+from megalith.engine.api import EngineConfig
+from megalith.engine.batch import Runner
+from megalith.engine.engine import Engine
+from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.service import LocalEngine
+from megalith.model.open import OpenModel, open_model
+from megalith.plan import machine
+from megalith.plan.fit import Fit, check_fits
+from megalith.policy.batching import by_name
+from megalith.policy.kv import KvAccount
+from megalith.policy.scheduler import Limits, Scheduler
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+"""Told what is being done, before it is done."""
+_WATERMARK_SHARE = 100
+"""One block in so many stays free at admission, so that running requests can grow before anyone is preempted."""
+
+
+@dataclass(slots=True)
+class Spans:
+    """How long each part of the start took, in nanoseconds, in order."""
+
+    ns: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, name: str, progress: Progress | None = None) -> Iterator[None]:
+        """Time the block; tell `progress` first."""
+        if progress is not None:
+            progress(name)
+        begin_ns = time.perf_counter_ns()
+        yield
+        self.ns[name] = time.perf_counter_ns() - begin_ns
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {format_duration(ns)}" for name, ns in self.ns.items())
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """A ready instance; `engine.start()` sets it going and `engine.stop()` gives everything back."""
+
+    engine: LocalEngine
+    model: OpenModel
+    runner: Runner
+    fit: Fit
+    """The plan that the sizes come from: print `fit.text`."""
+    spans: Spans
+    why: str
+    """Which runner, and why not the native one where that was not chosen."""
+
+
+def build_engine(config: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
+    """Load the model and build the instance.
+
+    Raises ModelNotFound or ModelFormatError, DoesNotFit when the sizes do not fit the memory, ConfigError for a
+    configuration that contradicts itself, MachineError when what was asked for is not on this machine.
+    """
+    spans = Spans()
+    with spans.of("open the model", progress):
+        model = open_model(config.model)
+    with spans.of("plan", progress):
+        kind, why = choose_runner(config, model)
+        fit = check_fits(msgspec.structs.replace(config, model=str(model.files.path)), kind=kind)
+    with spans.of("load the weights", progress):
+        runner = _runner(config, model, fit)
+    with spans.of("put it together", progress):
+        engine = assemble(config, model, runner, fit.max_context)
+    held = sum(runner.memory_bytes().values())
+    log.info("%s: %s; %d KV blocks; holds %s; %s", model.spec.name, why, fit.num_blocks, format_bytes(held), spans)
+    return BuiltEngine(engine, model, runner, fit, spans, why)
+
+
+def assemble(config: EngineConfig, model: OpenModel, runner: Runner, max_context: int) -> LocalEngine:
+    """An engine over a runner that is there already."""
+    clock = MonotonicClock()
+    blocks, size = runner.num_blocks, runner.block_tokens
+    kv = KvAccount(
+        blocks, size, runner.num_host_blocks, config.prefix_cache, watermark_blocks=blocks // _WATERMARK_SHARE
+    )
+    limits = Limits(
+        max_sequences=config.max_sequences,
+        max_waiting=config.max_waiting + config.max_sequences,  # preempted ones wait too; the service keeps the bound
+        preempt=config.preempt,
+    )
+    scheduler = Scheduler(by_name(config.policy, config.token_budget), kv, limits)
+    eos_ids = model.tokenizer.eos_ids
+    admission = Admission(
+        max_context=min(max_context, blocks * size),
+        vocab=model.spec.vocab,
+        eos_ids=eos_ids,
+        new_stream=model.tokenizer.stream,
+        grammars=GrammarCompiler(lambda: str(model.tokenizer.backend.to_str()), model.spec.vocab, eos_ids),
+    )
+    return LocalEngine(Engine(runner, scheduler, clock), admission, config, model.spec, clock)
+
+
+def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, str]:
+    """The runner for this configuration, model and machine, and why."""
+    if config.device.startswith("cuda"):
+        if config.mode == "native":
+            raise ConfigError("The native backend runs on the CPU.", "Use --mode bf16 or float32 with --device cuda.")
+        return "cuda", f"torch on {config.device}"
+    if config.device != "cpu":
+        raise ConfigError(f"device is {config.device!r}.", "Use cpu, cuda or cuda:N.")
+    if config.mode in ("float32", "bf16"):
+        return "torch-cpu", f"torch on the CPU in {config.mode}"
+    reason = why_not_native(model)
+    if reason is None:
+        return "native", "native CPU backend"
+    if config.mode == "native":
+        raise MachineError(f"The native backend cannot run {model.spec.name}: {reason}", "Use --mode auto or bf16.")
+    log.warning("the native backend cannot run %s: %s; torch runs it in bf16 instead", model.spec.name, reason)
+    return "torch-cpu", f"torch on the CPU in bf16, because the native backend cannot run it: {reason}"
+
+
+def why_not_native(model: OpenModel) -> str | None:
+    """Why the native backend cannot run this model here; None when it can."""
+    try:
+        from megalith.engine.native_runner import supports
+    except ImportError as error:
+        return f"it is not part of this installation ({error})"
+    return supports(model.spec, model.checkpoint)
+
+
+def _runner(config: EngineConfig, model: OpenModel, fit: Fit) -> Runner:
+    threads = config.threads or machine.cores()
+    if fit.kind == "native":
+        from megalith.engine.native_runner import NativeRunner
+
+        return NativeRunner(
+            model.spec, model.checkpoint, block_tokens=config.block_tokens, num_blocks=fit.num_blocks,
+            num_host_blocks=fit.num_host_blocks, max_rows=max_rows(config, fit.max_context), threads=threads,
+        )  # fmt: skip
+    from megalith.engine.torch_runner import TorchRunner
+
+    return TorchRunner(
+        model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
+        block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
+        threads=threads,
+    )  # fmt: skip
+
+
+def max_rows(config: EngineConfig, max_context: int) -> int:
+    """Rows of the largest step that the policy can ask for: the budget, or a whole prompt where prompts are not cut."""
+    if config.policy == "splitfuse":
+        return config.token_budget
+    return max(config.token_budget, config.max_sequences, max_context)

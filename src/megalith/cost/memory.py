@@ -20,10 +20,18 @@ FORMATS: dict[str, tuple[int, int]] = {
     "fp8": (1, 1), "int8": (32, 34), "int4": (32, 18), "fp4": (16, 9),
     "q8_0": (32, 34), "q5_1": (32, 24), "q5_0": (32, 22), "q4_1": (32, 20), "q4_0": (32, 18),
     "q6_k": (256, 210), "q5_k": (256, 176), "q4_k": (256, 144), "q3_k": (256, 110), "q2_k": (256, 84),
-    "panel4": (512, 320), "panel4w": (512, 384), "panel8": (512, 576),
 }  # fmt: skip
 """{format: (elements of a block, bytes of a block)}. q*: GGUF. int8 and int4: one fp16 scale for 32 values. fp4: one
-fp8 scale for 16. panel*: the packed weights of the native CPU backend, 16 columns x 32 inputs with their scales."""
+fp8 scale for 16."""
+
+PANEL_WEIGHTS = 512
+"""16 output columns x 32 inputs: the unit in which the native CPU backend packs weights."""
+PANEL_BYTES = {
+    "q4_0": 288, "q4_1": 320, "q4_k": 384, "q8_0": 544, "q5_0": 544, "q5_1": 576, "q5_k": 640, "q6_k": 576,
+    "f32": 576, "f16": 576, "bf16": 576,
+}  # fmt: skip
+"""Bytes of one such panel record by file format: 4 or 8 bits a weight, 16 scales and, where the format has them, 16
+minima, in half floats or (K-quants, Q6_K and floats) in floats. Source: engine/native/c/pack.c."""
 
 KV_FORMATS = ("bf16", "f16", "fp16", "f32", "fp32", "float32", "fp8")
 SHRINKING = {
@@ -46,6 +54,14 @@ def encoded_bytes(elements: int, name: str) -> int:
     """Bytes of `elements` values in a format, whole blocks."""
     per_block, block_bytes = block_of(name)
     return math.ceil(elements / per_block) * block_bytes
+
+
+def packed_bytes(elements: int, name: str) -> int:
+    """Bytes that the native backend packs `elements` weights of a file format into."""
+    name = {"fp32": "f32", "float32": "f32", "fp16": "f16"}.get(name.lower(), name.lower())
+    if name not in PANEL_BYTES:
+        raise ConfigError(f"The native backend does not pack {name!r}.", f"It packs {', '.join(PANEL_BYTES)}.")
+    return math.ceil(elements / PANEL_WEIGHTS) * PANEL_BYTES[name]
 
 
 def bits_per_weight(name: str) -> float:

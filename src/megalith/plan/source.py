@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megalith.base.errors import ModelNotFound
-from megalith.cost.memory import WeightBytes, encoded_bytes, weight_bytes
+from megalith.cost.memory import WeightBytes, default_head_format, packed_bytes, weight_bytes
+from megalith.cost.parameters import count, expert_weights
 from megalith.specs import catalog
 from megalith.specs.model import ModelSpec
-
-PANELS = {"q4_0": "panel4", "q4_1": "panel4", "q4_k": "panel4w"}
-"""Packed format of the native backend for each file format; all others become panel8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +38,8 @@ class PlannedModel:
         return native_bytes(self.stored, f"tensors of {self.origin}")
 
 
-def native_format(name: str) -> str:
-    """The panel format that the native backend packs file format `name` into."""
-    return PANELS.get(name.lower(), "panel8")
-
-
 def weight_bytes_by_part(spec: ModelSpec, name: str) -> dict[str, dict[str, int]]:
     """{part: {format: elements}} of a model whose matrices all come in format `name`."""
-    from megalith.cost.memory import default_head_format
-    from megalith.cost.parameters import count, expert_weights
 
     parameters, head = count(spec), default_head_format(spec, name)
     parts = {
@@ -64,19 +55,18 @@ def weight_bytes_by_part(spec: ModelSpec, name: str) -> dict[str, dict[str, int]
 
 
 def native_bytes(parts: dict[str, dict[str, int]], source: str) -> WeightBytes:
-    """Bytes that the native backend holds: matrices in panels, tables as stored, vectors in float32."""
+    """Bytes that the native backend holds: all matrices and tables in panels, vectors in float32."""
     packed = {
-        part: sum(encoded_bytes(elements, native_format(name)) for name, elements in parts.get(part, {}).items())
-        for part in ("layers", "experts", "head")
+        part: sum(packed_bytes(elements, name) for name, elements in parts.get(part, {}).items())
+        for part in ("layers", "experts", "head", "tables")
     }
-    names = sorted({native_format(name) for part in ("layers", "head") for name in parts.get(part, {})})
     stored = "+".join(sorted({name for part in ("layers", "head") for name in parts.get(part, {})}))
     return WeightBytes(
-        format=f"{stored} as {'+'.join(names)}",
-        layers=packed["layers"], experts=packed["experts"], head=packed["head"],
-        tables=sum(encoded_bytes(elements, name) for name, elements in parts.get("tables", {}).items()),
-        vectors=4 * sum(parts.get("vectors", {}).values()), source=source,
-    )  # fmt: skip
+        format=f"{stored} packed",
+        **packed,
+        vectors=4 * sum(parts.get("vectors", {}).values()),
+        source=source,
+    )
 
 
 def resolve(name: str) -> PlannedModel:

@@ -46,7 +46,7 @@ class ByteTokenizer:
 class PlainTemplate:
     """`role: content` lines."""
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools: object = None, **kw: object) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools: object = None, **kw: str) -> str:
         lines = [f"{message['role']}: {message['content']}" for message in messages]
         if tools:
             lines.insert(0, f"tools: {len(tools)}")
@@ -66,13 +66,13 @@ class ScriptedEngine:
     """Implements AsyncEngine on the event loop, one token a `pause_s`."""
 
     def __init__(
-        self, pause_s: float = 0.0, max_running: int = 4, max_waiting: int = 8, num_blocks: int = 4096, text_factor: int = 1
+        self, pause_s: float = 0.0, max_running: int = 4, max_waiting: int = 8, num_blocks: int = 4096
     ) -> None:
         self.config = EngineConfig(model="bytes", max_sequences=max_running, max_waiting=max_waiting)
         self.spec = SPEC
         self.max_context = SPEC.max_context
         self.pause_s = pause_s
-        self.text_factor = text_factor
+        self.text_factor = 1
         """How often each token's text is repeated: big events for tests of slow readers."""
         self.fail_at: dict[bytes, int] = {}
         """Prompts that break the engine after so many tokens."""

@@ -147,7 +147,7 @@ def test_completion_logprobs_echo_and_scoring(client: httpx2.Client) -> None:
     parts = [e["choices"][0] for e in streamed]
     assert "".join(p["text"] for p in parts) == choice["text"]
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
-        assert sum((p["logprobs"][name] for p in parts if p["logprobs"]), []) == logprobs[name]
+        assert [item for p in parts if p["logprobs"] for item in p["logprobs"][name]] == logprobs[name]
     scored = post(client, "/v1/completions", {**body, "max_tokens": 0}).json()
     assert scored["choices"][0]["text"] == "abc"
     assert len(scored["choices"][0]["logprobs"]["tokens"]) == 3

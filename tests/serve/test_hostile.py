@@ -1,4 +1,4 @@
-"""Clients that send garbage, send too much, send nothing, do not read, or vanish: the server goes on and holds nothing."""
+"""Clients that send garbage, too much or nothing, do not read, or vanish: the server goes on and holds nothing."""
 
 from __future__ import annotations
 
@@ -162,11 +162,12 @@ def test_drip_after_an_early_refusal_is_cut(server: Running) -> None:
         sock.sendall(request_bytes(b"", path="/nowhere").replace(b"content-length: 0", b"content-length: 100000"))
         assert sock.recv(4096).startswith(b"HTTP/1.1 404")
         start = time.monotonic()
-        with pytest.raises(OSError, match=r"reset|pipe|timed out"):
+        try:
             while time.monotonic() - start < 5:
                 sock.send(b"x")
                 time.sleep(0.05)
-            pytest.fail("still open")
+        except OSError:
+            pass
         assert time.monotonic() - start < 3
 
 
@@ -302,7 +303,8 @@ def test_nothing_is_left_behind(server: Running) -> None:
     box: list[Any] = []
 
     def count() -> None:
-        box.append([str(t.get_coro()) for t in asyncio.all_tasks() if "run_asgi" in str(t.get_coro()) or "_pump" in str(t)])
+        names = [str(task.get_coro()) for task in asyncio.all_tasks()]
+        box.append([name for name in names if "run_asgi" in name or "_pump" in name or "_work" in name])
 
     server.call(count)
     deadline = time.monotonic() + 2

@@ -13,7 +13,7 @@ from megalith.base.config import convert
 from megalith.base.errors import ConfigError, RequestError
 from megalith.serve.body import UNSERVED, parse_body
 from megalith.serve.config import ServerConfig, ServeRecipe
-from megalith.serve.errors import ApiError
+from megalith.serve.errors import ApiError, to_api_error
 from megalith.serve.keys import KeyRing
 from megalith.serve.sampling import chat_params, completion_params, split_choices
 from megalith.serve.schema import ChatRequest, CompletionRequest
@@ -77,7 +77,9 @@ def test_unserved_fields_are_refused_when_they_would_matter(name: str) -> None:
     assert error.body.error.code == "unsupported_parameter"
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("max_tokns", "max_tokens"), ("temprature", "temperature"), ("top-k", "top_k")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("max_tokns", "max_tokens"), ("temprature", "temperature"), ("top-k", "top_k")]
+)
 def test_unknown_field_names_the_nearest(wrong: str, near: str) -> None:
     error = refused(**{wrong: 1})
     assert f"`{near}`" in error.body.error.message
@@ -149,7 +151,8 @@ def test_completion_defaults_and_scoring() -> None:
 def test_grammars() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
-    for fields in ({"response_format": form}, {"guided_json": schema}, {"guided_json": msgspec.json.encode(schema).decode()}):
+    text = msgspec.json.encode(schema).decode()
+    for fields in ({"response_format": form}, {"guided_json": schema}, {"guided_json": text}):
         grammar = chat_params(chat(**fields), 10, 100).grammar
         assert grammar is not None
         assert (grammar.kind, msgspec.json.decode(grammar.definition)) == ("json_schema", schema)
@@ -211,11 +214,12 @@ def test_any_json_object_is_accepted_or_refused_cleanly(fields: dict) -> None:
     for kind, params in ((ChatRequest, chat_params), (CompletionRequest, completion_params)):
         try:
             params(parse_body(json.dumps(fields).encode(), kind, CONFIG), 10, 100)  # type: ignore[operator]
-        except (ApiError, RequestError) as error:
-            assert str(error)
-            if isinstance(error, ApiError):
-                assert error.status == 400
-                msgspec.json.decode(error.encode())
+        except (ApiError, RequestError) as caught:
+            refusal = to_api_error(caught, "id")
+        else:
+            continue
+        assert refusal.status == 400
+        assert msgspec.json.decode(refusal.encode())["error"]["message"]
 
 
 def test_key_ring(tmp_path) -> None:

@@ -94,7 +94,11 @@ def _operation(operation: Operation, refs: dict[type[msgspec.Struct], dict[str, 
         operation.content: {"schema": refs[operation.answer] if operation.answer is not None else {}}
     }
     if operation.streams is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        name = operation.streams.__name__
+        text = f"JSON: a {name}, or an ErrorAnswer when the stream fails. The last event holds [DONE] instead."
+        data = {"type": "string", "description": text}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     if operation.path != "/v1/embeddings":
         responses["200"] = {"description": "The answer.", "content": content}
     found: dict[str, Any] = {"summary": operation.summary, "responses": responses}

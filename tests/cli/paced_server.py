@@ -28,6 +28,8 @@ class PacedApp:
     requests: list[dict[str, Any]] = field(default_factory=list)
     tokens_sent: int = 0
     answers_ended: int = 0
+    answers_dropped: int = 0
+    """Streams whose client went away before their end."""
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -49,7 +51,15 @@ class PacedApp:
         elif self.fail_every and number % self.fail_every == 0:
             await self._answer(send, 500, {"error": {"message": "broken on purpose"}})
         elif request.get("stream"):
-            await self._stream(send, request, chat=scope["path"].endswith("/chat/completions"))
+            streaming = asyncio.ensure_future(
+                self._stream(send, request, chat=scope["path"].endswith("/chat/completions"))
+            )
+            leaving = asyncio.ensure_future(receive())
+            await asyncio.wait((streaming, leaving), return_when=asyncio.FIRST_COMPLETED)
+            self.answers_dropped += not streaming.done()
+            streaming.cancel()
+            leaving.cancel()
+            await asyncio.gather(streaming, leaving, return_exceptions=True)
         else:
             await self._answer(send, 200, _whole(request, chat=scope["path"].endswith("/chat/completions")))
 
@@ -106,7 +116,7 @@ def serving(app: PacedApp) -> Iterator[str]:
     """Serve on a free loopback port from a thread; yields the base URL and ends the server afterwards."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -97,8 +97,8 @@ def chat(
     params = sampling.params(temperature=0.7, max_tokens=_MAX_ANSWER_TOKENS)
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read(_MAX_PIPED_BYTES).strip()
-        if not message:
-            raise ConfigError("Standard input is empty, so there is nothing to answer.", "Pipe a message, or use -m.")
+    if message is not None and not message.strip():
+        raise ConfigError("The message is empty, so there is nothing to answer.", "Pipe one in, or use --message.")
     if json and message is None:
         raise ConfigError("--json needs one message to answer.", "Give it with --message, or pipe it in.")
     partner = open_partner(model, where.url, where.api_key, where.engine())

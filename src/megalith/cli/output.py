@@ -7,6 +7,7 @@ something has to be drawn.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ def print_error(error: MegalithError, *, json: bool) -> None:
         return
     paragraph = f"error: {error}"
     if sys.stderr.isatty():
-        width = max(40, min(120, os.get_terminal_size(sys.stderr.fileno()).columns))
+        width = max(40, min(120, shutil.get_terminal_size().columns))
         paragraph = textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
     print(paragraph.replace("error:", _styled("error:", "1;31"), 1), file=sys.stderr, flush=True)
 

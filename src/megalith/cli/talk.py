@@ -236,8 +236,10 @@ def _wire(params: SamplingParams) -> dict[str, Any]:
     """Sampling in OpenAI's words; only what differs from the endpoint's own defaults is sent."""
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     body["temperature"] = params.temperature
-    for name in ("top_p", "max_tokens", "seed"):
-        if (value := getattr(params, name)) not in (None, 1.0):
+    if params.top_p < 1.0:
+        body["top_p"] = params.top_p
+    for name in ("max_tokens", "seed"):
+        if (value := getattr(params, name)) is not None:
             body[name] = value
     if params.stop:
         body["stop"] = list(params.stop)

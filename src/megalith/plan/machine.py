@@ -121,9 +121,9 @@ def facts_path() -> Path:
     return profiles_dir() / "machine.json"
 
 
-def profile_path(kind: str) -> Path:
-    """The file that `bench` writes for one kind of runner."""
-    return profiles_dir() / f"here-{kind}.json"
+def profile_path(kind: str, threads: int) -> Path:
+    """The file that `bench` writes for one kind of runner and thread count."""
+    return profiles_dir() / f"here-{kind}-{threads}.json"
 
 
 def stored_facts() -> MachineFacts | None:
@@ -133,12 +133,9 @@ def stored_facts() -> MachineFacts | None:
 
 
 def stored_profile(kind: RunnerKind, threads: int | None = None) -> Profile | None:
-    """What `bench` has stored for a kind of runner on this very machine (and thread count), if it has."""
-    profile = _load(profile_path(kind), Profile)
-    if profile is None or profile.name != machine_name():
-        return None
-    wanted = str(threads or cores())
-    return profile if profile.versions.get("threads", wanted) == wanted else None
+    """What `bench` has stored for a kind of runner and a thread count on this very machine, if it has."""
+    profile = _load(profile_path(kind, threads or cores()), Profile)
+    return profile if profile is not None and profile.name == machine_name() else None
 
 
 def _load(path: Path, kind: type[T]) -> T | None:
@@ -164,11 +161,11 @@ def here(kind: RunnerKind, threads: int | None = None) -> Profile:
     stored = stored_profile(kind, threads)
     if stored is not None:
         return stored
-    facts = stored_facts()
-    return _guessed(kind, threads or cores(), facts)
+    return uncalibrated(kind, threads or cores(), stored_facts())
 
 
-def _guessed(kind: RunnerKind, threads: int, facts: MachineFacts | None) -> Profile:
+def uncalibrated(kind: RunnerKind, threads: int, facts: MachineFacts | None) -> Profile:
+    """The profile from probed rates, or without them from the processor's name; its band is wide on purpose."""
     flags = cpu_flags()
     number, macs_per_ns = _instruction_rate(flags, kind)
     figures = facts.figures if facts else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from megalith.base.units import format_duration, parse_bytes, parse_duration_ns
-from megalith.cli.output import JsonFlag, progress, say, warn
+from megalith.cli.output import JsonFlag, progress, warn
 
 if TYPE_CHECKING:
     from megalith.engine.launch import BuiltEngine
+    from megalith.plan.fit import Fit
     from megalith.serve.config import ServeRecipe
 
 app = App(
@@ -153,13 +155,18 @@ def serve(
 def _load(recipe: ServeRecipe) -> BuiltEngine:
     """Print the plan, then build the engine. Raises DoesNotFit before a weight is read."""
     from megalith.engine.launch import build_engine
-    from megalith.plan.fit import check_fits
 
-    fit = check_fits(recipe.engine)
-    print(fit.text, file=sys.stderr, flush=True)
-    say(f"loading {recipe.engine.model}")
-    with progress(f"loading {recipe.engine.model}"):
-        return build_engine(recipe.engine)
+    def on_plan(fit: Fit) -> None:
+        print(fit.text, file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as shown:
+
+        def on_part(part: str) -> None:
+            # The plan is printed before the weights are read; only what comes after takes long enough for a bar.
+            if part == "load the weights":
+                shown.enter_context(progress(f"loading {recipe.engine.model}"))
+
+        return build_engine(recipe.engine, on_part, on_plan)
 
 
 def _announce(url: str, name: str, took_ns: int, *, as_json: bool) -> None:

@@ -71,8 +71,10 @@ class BuiltEngine:
     """Which runner, and why not the native one where that was not chosen."""
 
 
-def build_engine(config: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
-    """Load the model and build the instance.
+def build_engine(
+    config: EngineConfig, progress: Progress | None = None, on_plan: Callable[[Fit], None] | None = None
+) -> BuiltEngine:
+    """Load the model and build the instance. `on_plan` is given the plan before a weight is read.
 
     Raises ModelNotFound or ModelFormatError, DoesNotFit when the sizes do not fit the memory, ConfigError for a
     configuration that contradicts itself, MachineError when what was asked for is not on this machine.
@@ -83,6 +85,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         fit = check_fits(msgspec.structs.replace(config, model=str(model.files.path)), kind=kind)
+    if on_plan is not None:
+        on_plan(fit)
     with spans.of("load the weights", progress):
         runner = _runner(config, model, fit)
     with spans.of("put it together", progress):

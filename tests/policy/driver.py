@@ -142,6 +142,8 @@ class Executor:
         ids = [chunk.request_id for chunk in plan.chunks]
         assert len(set(ids)) == len(ids) <= limits.max_sequences
         assert scheduler.num_running <= limits.max_sequences
+        assert plan.repeats == 0 or all(chunk.new_tokens == 1 and chunk.samples for chunk in plan.chunks)
+        assert plan.repeats == 0 or not (plan.preempts or plan.resumes), "the copies would be made again"
         holders = Counter(block for request_id in self.live for block in set(scheduler.block_table(request_id)))
         for chunk in plan.chunks:
             computed, known, _ = scheduler.progress(chunk.request_id)

@@ -237,6 +237,18 @@ def test_a_sealed_block_keeps_the_plan_valid() -> None:
     assert scheduler.valid(plan)
 
 
+def test_a_step_that_completes_a_prompt_block_has_no_repeats() -> None:
+    """The block enters the prefix cache, and what waits may then find a longer prefix and come in."""
+    scheduler = Scheduler(by_name("splitfuse", 7), KvAccount(8, BLOCK_TOKENS), Limits(max_sequences=4))
+    scheduler.add(Request(1, 1, 8, 5, 0, (11, 12)))
+    scheduler.complete(scheduler.plan())
+    plan = scheduler.plan()
+    assert [(c.request_id, c.new_tokens, c.samples) for c in plan.chunks] == [(1, 1, True)]
+    assert plan.repeats == 0
+    scheduler.complete(plan)
+    assert scheduler.plan().repeats == 3
+
+
 def test_the_table_is_right_for_the_next_run_after_each_complete() -> None:
     scheduler = decoding([4], 64)
     plan = scheduler.plan()

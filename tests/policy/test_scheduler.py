@@ -76,6 +76,16 @@ def test_a_mixed_step_never_runs_more_requests_than_the_budget_has_tokens() -> N
         assert run.step().num_tokens <= 2
 
 
+def test_half_done_prompts_do_not_push_the_decodes_over_the_budget() -> None:
+    """Each newcomer outranks the others, so that prompts pile up half done."""
+    run = make(budget=2, sequences=8)
+    for request_id in range(6):
+        run.add(request_id, prompt(20 * request_id, 4), 6, priority=request_id)
+        assert run.step().num_tokens <= 2
+    while run.live:
+        assert run.step().num_tokens <= 2
+
+
 # PrefillFirst
 
 
@@ -270,6 +280,20 @@ def test_prefix_hits_help_a_preempted_request_and_count_once() -> None:
     assert chunk.context_tokens + chunk.new_tokens == known
     assert run.scheduler.counters.prefix_hit_tokens == hits
     assert run.scheduler.progress(2).cached == 0
+
+
+def test_a_preempted_request_does_not_come_back_in_the_same_step() -> None:
+    """Its copy of the last prompt block was a duplicate, so it needs less than it gave back."""
+    run = make(blocks=4)
+    run.add(1, prompt(0, 8), 6)
+    run.step()
+    run.add(2, prompt(0, 8), 6)
+    plan = until_preempt(run)
+    assert [p.request_id for p in plan.preempts] == [2]
+    assert [chunk.request_id for chunk in plan.chunks] == [1]
+    assert 2 in [chunk.request_id for chunk in run.step().chunks]
+    run.drain()
+    assert run.outputs[1] == run.outputs[2]
 
 
 def test_swap_copies_out_and_back_and_computes_nothing_again() -> None:

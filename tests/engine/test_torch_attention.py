@@ -69,4 +69,4 @@ def test_swap_moves_whole_blocks_both_ways() -> None:
     kv.swap_in(np.array([3, 0], np.int32), np.array([6, 2], np.int32))
     assert torch.equal(kv.device_blocks[:, :, 6], before[:, :, 1])
     assert torch.equal(kv.device_blocks[:, :, 2], before[:, :, 5])
-    assert kv.block_bytes * (8 + 4) == kv.num_bytes()
+    assert kv.block_bytes * (8 + 1 + 4) == kv.num_bytes()

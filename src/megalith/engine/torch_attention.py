@@ -41,7 +41,9 @@ class PagedKv:
     ) -> None:
         layers, kv_heads, head_dim = layout_LKE
         num_blocks, num_host_blocks = blocks
-        shape = (layers, 2, num_blocks, block_tokens, kv_heads, head_dim)
+        self.scratch_block = num_blocks
+        """One block past those of the account, for rows that only pad a step."""
+        shape = (layers, 2, num_blocks + 1, block_tokens, kv_heads, head_dim)
         host_shape = (layers, 2, num_host_blocks, block_tokens, kv_heads, head_dim)
         self.block_tokens = block_tokens
         self.device_blocks = torch.zeros(shape, dtype=dtype, device=device)
@@ -140,7 +142,7 @@ class StepAttention:
         rows, heads, size = q_MHE.shape
         kv_heads, keys = k_1LKE.shape[2], k_1LKE.shape[1]
         group = heads // kv_heads
-        k_1KLE, v_1KLE = k_1LKE.transpose(1, 2), v_1LKE.transpose(1, 2)
+        k_1KLE, v_1KLE = k_1LKE.to(q_MHE.dtype).transpose(1, 2), v_1LKE.to(q_MHE.dtype).transpose(1, 2)
         piece = max(1, _SCORE_BYTES // (4 * heads * keys))
         parts = []
         for low in range(0, rows, piece):
@@ -197,6 +199,7 @@ def decode_attention(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, seen_SL: Ten
     """
     sequences, heads, size = q_SHE.shape
     kv_heads = k_SLKE.shape[2]
+    k_SLKE, v_SLKE = k_SLKE.to(q_SHE.dtype), v_SLKE.to(q_SHE.dtype)
     q_SKGE = q_SHE.view(sequences, kv_heads, heads // kv_heads, size)
     out = torch.nn.functional.scaled_dot_product_attention(
         q_SKGE, k_SLKE.transpose(1, 2), v_SLKE.transpose(1, 2), attn_mask=seen_SL[:, None, None, :], scale=scale

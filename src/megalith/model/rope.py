@@ -15,23 +15,27 @@ from megalith.model.fields import Fields
 from megalith.specs.model import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> NDArray[np.float64]:
-    """Radians per position of each of the head_dim / 2 pairs, with scaling applied, [head_dim / 2] float64.
+def inverse_frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
+    """Radians per position of each of the head_dim / 2 pairs, with scaling applied, [head_dim / 2] float32.
+
+    Computed in float32 step by step, as training frameworks do: at position 1,000 a frequency that is "more exact" by
+    one unit in the last place moves Gemma 3's logits by 0.01.
 
     Llama 3 scaling (Llama 3.1 model card and reference code, July 2024): pairs whose wavelength is beyond
     original_context / low_freq_factor are slowed by `factor`, those below original_context / high_freq_factor are left
     alone, and between the two the divisor is interpolated linearly in 1 / wavelength.
     """
-    base = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    base = np.float32(1) / np.power(np.float32(rope.theta), exponents)
     if rope.scaling == "linear":
-        return base / rope.factor
+        return base / np.float32(rope.factor)
     if rope.scaling == "llama3":
-        return base * _llama3_multipliers(rope, base)
+        return (base * _llama3_multipliers(rope, base)).astype(np.float32)
     return base
 
 
-def _llama3_multipliers(rope: Rope, base: NDArray[np.float64]) -> NDArray[np.float64]:
-    turns = rope.original_context * base / (2 * math.pi)
+def _llama3_multipliers(rope: Rope, base: NDArray[np.float32]) -> NDArray[np.float64]:
+    turns = rope.original_context * base.astype(np.float64) / (2 * math.pi)
     kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
     return (1 - kept) / rope.factor + kept
 

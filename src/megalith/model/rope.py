@@ -26,11 +26,11 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
     alone, and between the two the divisor is interpolated linearly in 1 / wavelength.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    base = np.float32(1) / np.power(np.float32(rope.theta), exponents)
+    base: NDArray[np.float32] = np.asarray(np.float32(1) / np.power(np.float32(rope.theta), exponents))
     if rope.scaling == "linear":
-        return base / np.float32(rope.factor)
+        return np.asarray(base / np.float32(rope.factor))
     if rope.scaling == "llama3":
-        return (base * _llama3_multipliers(rope, base)).astype(np.float32)
+        return np.asarray(base * _llama3_multipliers(rope, base), np.float32)
     return base
 
 

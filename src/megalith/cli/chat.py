@@ -123,13 +123,16 @@ def _one_answer(
     *,
     json: bool,
 ) -> int:
+    from megalith.cli.talk import rates
+
     conversation.add("user", message)
     answer = runner.run(partner.chat(conversation.messages(), params, (lambda _: None) if json else _show))
     if json:
-        print_json({"model": partner.name, "messages": conversation.messages(), "answer": answer, "nature": "measured"})
+        said = {"model": partner.name, "messages": conversation.messages()}
+        print_json({**said, "answer": answer, **rates(answer, partner)})
     else:
         print(flush=True)
-        say(answer.summary())
+        say(answer.summary(partner.predicted))
     return 0
 
 
@@ -186,7 +189,7 @@ def _turn(
         say("stopped")
     else:
         cut = ", cut at its token limit" if answer.finish_reason == "length" else ""
-        say(answer.summary() + cut)
+        say(answer.summary(partner.predicted) + cut)
 
 
 def _command(line: str, conversation: Conversation) -> bool:

@@ -113,7 +113,7 @@ def complete(
     file
         Read the prompt from this file; - is stdin.
     """
-    from megalith.cli.talk import open_partner
+    from megalith.cli.talk import open_partner, rates
 
     if where.url is not None and prompt is None and file is None:
         model, prompt = None, model
@@ -122,12 +122,12 @@ def complete(
     partner = open_partner(model, where.url, where.api_key, where.engine())
     answer = asyncio.run(_complete(partner, text, params, stream=not json))
     if json:
-        print_json({"model": partner.name, "prompt": text, "answer": answer, "nature": "measured"})
+        print_json({"model": partner.name, "prompt": text, "answer": answer, **rates(answer, partner)})
         return 0
     if not answer.text.endswith("\n"):
         print()
     sys.stdout.flush()
-    say(answer.summary())
+    say(answer.summary(partner.predicted))
     return 0
 
 

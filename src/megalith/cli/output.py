@@ -98,6 +98,27 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
         yield lambda by: bar.advance(task, by)
 
 
+@contextmanager
+def working(description: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while the block runs; yields `update(what is being done)`. Nothing without a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with message_console().status(description) as status:
+        yield lambda part: status.update(f"{description}: {part}")
+
+
+def route_logging() -> None:
+    """Let warnings of the engine come out like ours: one line each on stderr, above a spinner where one turns."""
+    import logging
+
+    class Warnings(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warn(record.getMessage())
+
+    logging.basicConfig(level=logging.WARNING, handlers=[Warnings()])
+
+
 def print_error(error: MegalithError, *, json: bool) -> None:
     """An expected failure: one paragraph on stderr, or with `json` one JSON object on stdout."""
     if json:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from megalith.base.errors import ConfigError, EngineError, ModelError
-from megalith.base.units import NS_PER_S, format_duration
-from megalith.cli.output import say
+from megalith.base.units import NS_PER_S, format_bytes, format_duration
+from megalith.cli.output import route_logging, say, working
 
 if TYPE_CHECKING:
     from megalith.engine.api import EngineConfig
     from megalith.engine.launch import BuiltEngine
     from megalith.engine.params import SamplingParams
+    from megalith.plan.fit import Fit
     from megalith.serve.load_stream import StreamSink
+    from megalith.specs.plan import Estimate
 
 Message = dict[str, str]
 OnText = Callable[[str], None]
@@ -48,19 +50,29 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
             return (self.completion_tokens - 1) / (self.duration_ns - self.ttft_ns) * NS_PER_S
         return self.completion_tokens / max(1, self.duration_ns) * NS_PER_S
 
-    def summary(self) -> str:
-        """One line for a person."""
+    def summary(self, predicted: Estimate | None = None) -> str:
+        """One line for a person; `predicted` is the plan's rate, printed beside the measured one."""
         cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
+        beside = ""
+        if predicted is not None:
+            beside = f" (predicted {predicted.value:,.0f} [{predicted.low:,.0f}, {predicted.high:,.0f}])"
         return (
             f"{self.prompt_tokens} prompt tokens{cached}, {self.completion_tokens} out, "
-            f"first after {format_duration(self.ttft_ns)}, {self.rate:,.0f} tok/s"
+            f"first after {format_duration(self.ttft_ns)}, {self.rate:,.0f} tok/s{beside}"
         )
+
+
+def rates(answer: Answer, partner: Partner) -> dict[str, Any]:
+    """Measured and predicted rate side by side, for `--json`."""
+    return {"measured_tokens_per_s": answer.rate, "predicted_tokens_per_s": partner.predicted}
 
 
 class Partner(Protocol):
     """Something that answers."""
 
     name: str
+    predicted: Estimate | None
+    """Tokens a second that the plan promises one conversation; None where there is no plan."""
 
     async def start(self) -> None:
         """Make it ready; takes as long as loading a model does."""
@@ -84,18 +96,21 @@ class LocalPartner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.name = config.model
+        self.predicted: Estimate | None = None
         self._config = config
         self._built: BuiltEngine | None = None
 
     async def start(self) -> None:
-        """Load the model and start its step loop."""
+        """Print the plan, load the model and start its step loop."""
         from megalith.engine.launch import build_engine
 
+        route_logging()
         begin_ns = time.monotonic_ns()
-        say(f"loading {self.name} ...")
-        self._built = build_engine(self._config)
+        with working(f"loading {self.name}") as update:
+            self._built = build_engine(self._config, update, _say_plan)
+        self.predicted = self._built.fit.plan.points[0].tokens_per_s
         await self._built.engine.start()
-        say(f"ready in {format_duration(time.monotonic_ns() - begin_ns)}")
+        say(f"ready in {format_duration(time.monotonic_ns() - begin_ns)} ({self._built.fit.kind})")
 
     async def chat(self, messages: list[Message], params: SamplingParams, on_text: OnText) -> Answer:
         """Render the model's chat template and run it."""
@@ -158,6 +173,7 @@ class EndpointPartner:
         self._endpoint = parse_endpoint(url, api_key or os.environ.get("OPENAI_API_KEY", ""))
         self._client = HttpClient(self._endpoint)
         self.name = model or ""
+        self.predicted: Estimate | None = None
 
     async def start(self) -> None:
         """Ask which model is served, when none was named."""
@@ -219,6 +235,16 @@ class EndpointPartner:
     async def close(self) -> None:
         """Drop the connections."""
         self._client.close()
+
+
+def _say_plan(fit: Fit) -> None:
+    """The plan in one line, before a weight is read; `megalith plan serve` has the whole of it."""
+    plan = fit.plan
+    rate = plan.points[0].tokens_per_s
+    say(
+        f"{plan.parameters:,} parameters, {format_bytes(plan.need_bytes)} of {format_bytes(plan.limit_bytes)}, "
+        f"context {fit.max_context:,}; {rate.value:,.0f} [{rate.low:,.0f}, {rate.high:,.0f}] tok/s (predicted)"
+    )
 
 
 def open_partner(model: str | None, url: str | None, api_key: str | None, engine: dict[str, Any]) -> Partner:

@@ -31,6 +31,7 @@ Examples:
   megalith plan serve llama-3.1-70b --device h100 --devices 4  tensor-parallel over four
   megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384 --batch 8
   megalith plan serve smollm2 --memory 256MiB --json"""
+app.help_epilogue = _EXAMPLES
 
 
 @Parameter(name="*", group="What to plan")

@@ -113,7 +113,8 @@ def test_stop_logprobs_and_echo(client: httpx2.Client) -> None:
     assert logprobs["token_logprobs"][0] is None
     assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
     # Greedy: the chosen token is the most likely one.
-    for token, value, top in list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))[-12:]:
+    rows = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+    for token, value, top in list(rows)[-12:]:
         assert top[token] == value == max(top.values())
     text = choice["text"][len(PROMPTS[1]) :]
     stop = text[3:5]

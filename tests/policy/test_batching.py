@@ -10,7 +10,7 @@ from megalith.policy.batching import POLICY_NAMES, Admission, BatchFacts, FirstC
 def test_by_name(name: str) -> None:
     policy = by_name(name, 32)
     assert policy.name == name
-    assert policy.shape(BatchFacts(0, 0, 1)).token_budget == 32
+    assert policy.shape(BatchFacts(0, 1)).token_budget == 32
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,13 @@ def test_a_budget_below_one_is_refused(name: str) -> None:
 
 
 def test_shapes() -> None:
-    splitfuse = SplitFuse(8).shape(BatchFacts(3, 1, 2))
+    splitfuse = SplitFuse(8).shape(BatchFacts(4, 2))
     assert (splitfuse.mixed, splitfuse.split, splitfuse.admission) == (True, True, Admission.BUDGET)
-    prefill_first = PrefillFirst(8).shape(BatchFacts(3, 1, 2))
+    prefill_first = PrefillFirst(8).shape(BatchFacts(4, 2))
     assert (prefill_first.mixed, prefill_first.split, prefill_first.admission) == (False, False, Admission.BUDGET)
 
 
 def test_first_come_admits_only_when_nothing_runs() -> None:
     policy = FirstCome(8)
-    assert policy.shape(BatchFacts(0, 0, 5)).admission is Admission.ALL
-    assert policy.shape(BatchFacts(1, 0, 5)).admission is Admission.NONE
-    assert policy.shape(BatchFacts(0, 1, 5)).admission is Admission.NONE
+    assert policy.shape(BatchFacts(0, 5)).admission is Admission.ALL
+    assert policy.shape(BatchFacts(1, 5)).admission is Admission.NONE

@@ -18,10 +18,8 @@ from megalith.base.errors import ConfigError
 class BatchFacts(NamedTuple):
     """What a batch policy sees of its instance."""
 
-    decoding: int
-    """Running requests that lack one token of being wholly computed: the next step samples."""
-    prefilling: int
-    """Running requests that lack more."""
+    running: int
+    """Requests on the device, decoding or with prompt tokens to compute."""
     waiting: int
     """Requests off the device: new, preempted or swapped."""
 
@@ -49,7 +47,7 @@ class StepShape:
 
 
 class BatchPolicy(Protocol):
-    """Pure and stateless: the same facts give the same shape. O(1), at most O(batch)."""
+    """Pure and stateless: the same facts give the same shape, in O(1)."""
 
     name: ClassVar[str]
 
@@ -103,7 +101,7 @@ class FirstCome:
 
     def shape(self, facts: BatchFacts) -> StepShape:
         """A new batch only when nothing runs."""
-        return self._drain if facts.decoding or facts.prefilling else self._gather
+        return self._drain if facts.running else self._gather
 
 
 _POLICIES: dict[str, type[SplitFuse] | type[PrefillFirst] | type[FirstCome]] = {

@@ -193,15 +193,15 @@ class KvAccount:
         if host is not None:
             self._host_free.extend(reversed(host))
             return
-        references, hash_of = self._references, self._hash_of
+        references, hash_of, idle, free = self._references, self._hash_of, self._idle, self._free
         # Last block first: a tail without its head is useless, so it must be evicted earlier.
         for block in reversed(self._tables.pop(request_id).blocks):
             references[block] -= 1
             if references[block] == 0:
                 if block in hash_of:
-                    self._idle[block] = None
+                    idle[block] = None
                 else:
-                    self._free.append(block)
+                    free.append(block)
 
     # Swapping
 

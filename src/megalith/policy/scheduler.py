@@ -125,7 +125,7 @@ class Scheduler:
         if self._runs_left and not self._in_flight and not self._changed:
             chunks = tuple([Chunk(row.request.id, 1, row.computed, True) for row in self._rows])
             return self._issue(StepPlan(chunks, (), (), self._runs_left - 1), self._rows)
-        shape = self.policy.shape(self._facts())
+        shape = self.policy.shape(BatchFacts(len(self._roster.running), len(self._roster.queue)))
         draft = Draft(self._roster, shape, self.limits.max_sequences, self.limits.preempt)
         repeats = 0
         if draft.fill():
@@ -143,7 +143,8 @@ class Scheduler:
         """The plan ran `steps` times: sampled requests know one more token for each; `finished` ones are released.
 
         A request that has all its max_new_tokens must be among `finished`; ids that are gone already are passed over.
-        `steps` at once leave the same state as one at a time. While runs are left, the tables cover the next one.
+        `steps` at once leave the same state as one at a time, also when something was added meanwhile; runs that were
+        done before an abort() are to be completed before it. While runs are left, the tables cover the next one.
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:
             raise ValueError(f"not the last plan, or {steps} runs of it where {self._runs_left} are left")
@@ -209,11 +210,6 @@ class Scheduler:
         self._roster.check_integrity()
 
     # Inside
-
-    def _facts(self) -> BatchFacts:
-        running = self._roster.running
-        decoding = sum([1 for sequence in running if sequence.known - sequence.computed == 1])
-        return BatchFacts(decoding, len(running) - decoding, len(self._roster.queue))
 
     def _issue(self, plan: StepPlan, rows: list[Sequence]) -> StepPlan:
         self._plan = plan

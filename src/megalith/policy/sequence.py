@@ -52,7 +52,7 @@ class Sequence:
 
 
 class RankQueue:
-    """Sequences in rank order. push and pop are O(log n); discard is O(1), amortised."""
+    """Sequences in rank order. All calls are O(log n), amortised: who leaves from the middle is dropped later."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[Rank, Sequence]] = []
@@ -83,3 +83,5 @@ class RankQueue:
     def discard(self, sequence: Sequence) -> None:
         """Take a sequence out, from wherever it stands."""
         self._live.discard(sequence.rank)
+        if self._heap and self._heap[0][1] is sequence:
+            heapq.heappop(self._heap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from megalith.cli import doctor_checks as checks
 
-from .command import megalith
+from .command import ROOT, megalith
 
 
 def findings(**env: str) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -43,7 +44,26 @@ def test_without_a_compiler_says_what_is_lost() -> None:
     _, found = findings(PATH="", CC="")
     assert found["compiler"]["state"] == "warn"
     assert "native backend cannot be built" in found["compiler"]["what"]
-    assert "torch path serves" in found["compiler"]["remedy"]
+    assert "torch serves" in found["compiler"]["remedy"]
+
+
+def test_without_a_compiler_and_without_a_library_says_what_is_lost(tmp_path: Path) -> None:
+    """A copy of the package as an installer without a compiler would leave it."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    home = tmp_path / "home"
+    _, found = findings(PATH="", CC="", PYTHONPATH=str(tmp_path / "src"), MEGALITH_HOME=str(home))
+    assert found["native"]["state"] == "warn"
+    assert "torch path serves instead" in found["native"]["what"]
+    assert "C compiler" in found["native"]["remedy"]
+    assert found["compiler"]["state"] == "warn"
+
+
+def test_a_native_library_that_was_asked_for_but_cannot_run() -> None:
+    code, found = findings(MEGALITH_NATIVE_ISA="mmx")
+    if shutil.which("cc") is None and found["native"]["state"] == "warn":
+        pytest.skip("no compiler and no native library here")
+    assert (code, found["native"]["state"]) == (1, "bad")
+    assert "mmx" in found["native"]["what"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's read-only /proc")

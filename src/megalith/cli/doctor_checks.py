@@ -1,6 +1,6 @@
 """What `megalith doctor` looks at: each check is a function that gives findings, with the remedy where one is needed.
 
-Nothing here loads a model, imports torch, or changes the machine.
+Nothing here loads a model or imports torch, and nothing changes but that a missing native library is built.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def compiler() -> Iterable[Finding]:
     found = next((path for name in wanted if (path := shutil.which(name)) is not None), None)
     if found is None:
         what = f"no C compiler ({', '.join(wanted)}): the native backend cannot be built on this machine"
-        lost = "Without it the torch path serves, several times slower. Install one: apt install gcc."
+        lost = "Where it is not built already, torch serves, several times slower. Install one: apt install gcc."
         yield Finding("compiler", "warn", what, lost)
         return
     version = _first_line([found, "--version"])
@@ -144,10 +144,22 @@ def compiler() -> Iterable[Finding]:
 
 
 def native() -> Iterable[Finding]:
-    """The native backend: built, buildable, or lost."""
-    if importlib.util.find_spec("megalith.engine.native.build") is None:
-        lost = "Reinstall Megalith; until then the torch path serves, several times slower."
-        yield Finding("native", "warn", "the native backend is not in this installation", lost)
+    """The native backend: built (now, if need be), or lost and why."""
+    from megalith.engine.native import build
+
+    status = build.status()
+    problem = "; ".join(status.problems)
+    if status.library is None:
+        remedy = "Install a C compiler (apt install gcc) and run `megalith doctor` again."
+        yield Finding("native", "warn", status.lost, f"{problem[:400]}. {remedy}" if status.compiler else remedy)
+        return
+    built = f"{status.chosen} kernels chosen of {', '.join(status.built)}, {status.library.name}"
+    if status.problems:
+        yield Finding("native", "bad", problem, "Unset MEGALITH_NATIVE_ISA.")
+    elif status.lost:
+        yield Finding("native", "warn", f"{built}: {status.lost}", "Use a processor with AVX2 or AVX-512 VNNI.")
+    else:
+        yield Finding("native", "ok", built)
 
 
 def torch() -> Iterable[Finding]:

@@ -1,0 +1,105 @@
+/* Unsigned weights times signed activations on AVX2: 16 columns, four elements (a quad) at a time.
+ *
+ * vpmaddubsw adds pairs of products in saturating int16. A 4-bit weight makes a pair at most 2 * 15 * 127 = 3810, so
+ * the eight quads of a group of 32 add up to at most 30480 < 32767: no saturation is possible, and widening to int32 is
+ * needed once a group. An 8-bit weight is kept as two nibbles, each with such a sum, put together as lo + 16 * hi.
+ */
+#ifndef MEGALITH_DOT_AVX2_H
+#define MEGALITH_DOT_AVX2_H
+
+#include "simd.h"
+
+#define TILE_ROWS_4 6
+#define TILE_ROWS_8 3
+#define QUAD_BYTES_4 64
+#define QUAD_BYTES_8 128 /* 64 low nibbles, then 64 high nibbles */
+
+typedef struct { __m256i p[2]; } dot4;
+typedef struct { __m256i lo[2], hi[2]; } dot8;
+typedef struct { __m256i p[2]; } quad4;
+typedef struct { __m256i lo[2], hi[2]; } quad8;
+typedef __m256i quad_in;
+
+/* Stops the compiler from regrouping a chain of sums: its balanced tree needs more registers than there are. */
+#define KEEP_ORDER(x) __asm__("" : "+x"(x))
+
+INLINE quad_in load_input(const int8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return _mm256_set1_epi32(four);
+}
+INLINE quad4 load_quad4(const uint8_t *from) {
+    quad4 w;
+    UNROLL for (int i = 0; i < 2; i++) w.p[i] = _mm256_load_si256((const __m256i *)from + i);
+    return w;
+}
+INLINE quad8 load_quad8(const uint8_t *from) {
+    quad8 w;
+    UNROLL for (int i = 0; i < 2; i++) {
+        w.lo[i] = _mm256_load_si256((const __m256i *)from + i);
+        w.hi[i] = _mm256_load_si256((const __m256i *)from + 2 + i);
+    }
+    return w;
+}
+INLINE dot4 dot4_first(quad4 w, quad_in a) {
+    dot4 r;
+    UNROLL for (int i = 0; i < 2; i++) {
+        r.p[i] = _mm256_maddubs_epi16(w.p[i], a);
+        KEEP_ORDER(r.p[i]);
+    }
+    return r;
+}
+INLINE dot4 dot4_add(dot4 r, quad4 w, quad_in a) {
+    UNROLL for (int i = 0; i < 2; i++) {
+        r.p[i] = _mm256_add_epi16(r.p[i], _mm256_maddubs_epi16(w.p[i], a));
+        KEEP_ORDER(r.p[i]);
+    }
+    return r;
+}
+INLINE vi dot4_sum(dot4 x) {
+    vi r;
+    UNROLL for (int i = 0; i < 2; i++) r.p[i] = (ipart)_mm256_madd_epi16(x.p[i], _mm256_set1_epi16(1));
+    return r;
+}
+INLINE dot8 dot8_first(quad8 w, quad_in a) {
+    dot8 r;
+    UNROLL for (int i = 0; i < 2; i++) {
+        r.lo[i] = _mm256_maddubs_epi16(w.lo[i], a);
+        r.hi[i] = _mm256_maddubs_epi16(w.hi[i], a);
+        KEEP_ORDER(r.lo[i]);
+        KEEP_ORDER(r.hi[i]);
+    }
+    return r;
+}
+INLINE dot8 dot8_add(dot8 r, quad8 w, quad_in a) {
+    UNROLL for (int i = 0; i < 2; i++) {
+        r.lo[i] = _mm256_add_epi16(r.lo[i], _mm256_maddubs_epi16(w.lo[i], a));
+        r.hi[i] = _mm256_add_epi16(r.hi[i], _mm256_maddubs_epi16(w.hi[i], a));
+        KEEP_ORDER(r.lo[i]);
+        KEEP_ORDER(r.hi[i]);
+    }
+    return r;
+}
+INLINE vi dot8_sum(dot8 x) {
+    vi r;
+    UNROLL for (int i = 0; i < 2; i++) {
+        __m256i lo = _mm256_madd_epi16(x.lo[i], _mm256_set1_epi16(1));
+        __m256i hi = _mm256_madd_epi16(x.hi[i], _mm256_set1_epi16(16));
+        r.p[i] = (ipart)_mm256_add_epi32(lo, hi);
+    }
+    return r;
+}
+
+/* 64 packed bytes (quad i in the low nibbles, quad i + 4 in the high ones) to two quads of the working panel. */
+INLINE void unpack_quads4(const uint8_t *from, uint8_t *low, uint8_t *high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    UNROLL for (int i = 0; i < 2; i++) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)from + i);
+        _mm256_store_si256((__m256i *)low + i, _mm256_and_si256(x, mask));
+        _mm256_store_si256((__m256i *)high + i, _mm256_and_si256(_mm256_srli_epi16(x, 4), mask));
+    }
+}
+/* 64 packed bytes to one quad of the working panel, as two nibbles. */
+INLINE void unpack_quad8(const uint8_t *from, uint8_t *to) { unpack_quads4(from, to, to + 64); }
+
+#endif

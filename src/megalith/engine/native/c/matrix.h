@@ -1,0 +1,51 @@
+/* A weight matrix in panels of 16 output columns, and rows of activations in 8 bits. What is stored, not how it is used.
+ *
+ * y[row][column] = sum over groups g of 32 inputs of  d * s * (q . a) + m * s * sum(a)
+ * with weight d * q + m (q unsigned, 4 or 8 bits) and activation s * a (a signed 8 bits, |a| <= 127).
+ *
+ * A panel is a run of records, one a group, in the order in which they are read. A record holds
+ *   4 bits: 256 bytes; line i of 64 bytes has quad i (elements 4i..4i+3 of each column) in its low nibbles and
+ *           quad i + 4 in its high ones: byte 4c + j belongs to column c, element j of the quad;
+ *   8 bits: 512 bytes; line i of 64 bytes is quad i;
+ *   then 16 scales d, and 16 minima m where the format has them (else m = -zero * d), in half floats where these hold
+ *   the file's values exactly, else in floats.
+ */
+#ifndef MEGALITH_MATRIX_H
+#define MEGALITH_MATRIX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define GROUP 32
+#define PANEL 16
+#define QUADS (GROUP / 4)
+
+struct matrix {
+    int32_t outputs, inputs; /* as given; panels are padded with zero columns */
+    int32_t panels, groups;
+    int32_t bits;        /* 4 or 8 */
+    int32_t zero;        /* what a stored q stands for zero at, when there are no minima */
+    int32_t wide_scales; /* floats instead of half floats */
+    int32_t has_min;
+    size_t record_bytes;
+    size_t bytes;
+    uint8_t *data; /* 64-byte aligned */
+};
+
+/* Rows of activations: a[row * inputs + k], and for each group its scale and scale * sum(a). */
+struct activations {
+    int8_t *a;
+    float *scale, *sum;
+    int32_t rows, inputs, groups;
+};
+
+/* One product Y (+)= X W^T. Columns past `outputs` are never written. */
+struct product {
+    const struct matrix *w;
+    const struct activations *x;
+    float *y;
+    ptrdiff_t y_stride;
+    int32_t accumulate; /* start from what y holds, instead of zero */
+};
+
+#endif

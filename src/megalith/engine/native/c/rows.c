@@ -1,0 +1,70 @@
+/* Elementwise kernels over one row: norms, 8-bit activations, rotary embedding, gated activation, K and V storage. */
+#include "kernels.h"
+#include "simd.h"
+
+#include <math.h>
+
+void KERNEL(quantize)(const float *x, int row, const struct activations *to) {
+    int8_t *a = to->a + (size_t)row * to->inputs;
+    float *scale = to->scale + (size_t)row * to->groups, *sum = to->sum + (size_t)row * to->groups;
+    for (int g = 0; g < to->groups; g++, x += GROUP, a += GROUP) {
+        vf low = vf_load(x), high = vf_load(x + LANES);
+        float largest = vf_largest(vf_max(vf_abs(low), vf_abs(high)));
+        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        vi q[2] = {vf_round(vf_scale(low, inverse)), vf_round(vf_scale(high, inverse))};
+        int32_t lane[GROUP];
+        memcpy(lane, q, sizeof lane);
+        for (int i = 0; i < GROUP; i++) a[i] = (int8_t)lane[i];
+        scale[g] = largest / 127.0f;
+        sum[g] = scale[g] * (float)vi_sum(vi_add(q[0], q[1]));
+    }
+}
+
+void KERNEL(norm)(const float *x, const float *weight, int n, float eps, float *out) {
+    vf squares = vf_set(0);
+    for (int i = 0; i < n; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
+    float factor = 1.0f / sqrtf(vf_sum(squares) / (float)n + eps);
+    for (int i = 0; i < n; i += LANES)
+        vf_store(out + i, vf_mul(vf_scale(vf_load(x + i), factor), vf_load(weight + i)));
+}
+
+void KERNEL(rope)(float *x, const float *cosine, const float *sine, int n, float scale) {
+    float *restrict first = x, *restrict second = x + n / 2;
+    for (int i = 0; i < n / 2; i++) {
+        float a = first[i], b = second[i];
+        first[i] = (a * cosine[i] - b * sine[i]) * scale;
+        second[i] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+}
+
+/* x * sigmoid(y) = x / (1 + exp(-y)) */
+INLINE vf gated(vf x, vf y) { return vf_div(x, vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_set(0.0f), y)))); }
+
+void KERNEL(activate)(int activation, float *gate, const float *up, int n) {
+    if (activation == NATIVE_SILU) {
+        for (int i = 0; i < n; i += LANES) {
+            vf x = vf_load(gate + i);
+            vf_store(gate + i, vf_mul(gated(x, x), vf_load(up + i)));
+        }
+        return;
+    }
+    /* gelu_tanh(x) = x / 2 * (1 + tanh(z)) = x * sigmoid(2 z),  z = sqrt(2 / pi) * (x + 0.044715 x^3) */
+    for (int i = 0; i < n; i += LANES) {
+        vf x = vf_load(gate + i);
+        vf cube = vf_fma(vf_mul(vf_mul(x, x), x), vf_set(0.044715f), x);
+        vf_store(gate + i, vf_mul(gated(x, vf_scale(cube, 1.5957691216f)), vf_load(up + i)));
+    }
+}
+
+void KERNEL(add)(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i += LANES) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y + i)));
+}
+
+void KERNEL(store_kv)(const float *k, const float *v, int head_dim, uint16_t *k_chunk, uint16_t *v_chunk, int slot) {
+    for (int i = 0; i < head_dim; i += 2) {
+        uint16_t pair[2] = {bf16_from_float(k[i]), bf16_from_float(k[i + 1])};
+        memcpy(k_chunk + i * CHUNK_TOKENS + 2 * slot, pair, 4);
+    }
+    uint16_t *to = v_chunk + slot / 2 * 2 * head_dim + (slot & 1);
+    for (int i = 0; i < head_dim; i++) to[2 * i] = bf16_from_float(v[i]);
+}

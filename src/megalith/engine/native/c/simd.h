@@ -1,0 +1,193 @@
+/* Sixteen lanes, on every machine.
+ *
+ * All kernels are written for vectors of 16 floats (vf) or 16 int32 (vi): one register on AVX-512, two on AVX2, four
+ * on a 128-bit machine. They are built from the compiler's vector extensions, so each kernel exists once; only integer
+ * dot products (dot_*.h) and a few conversions use intrinsics.
+ *
+ * Results must not depend on how a compiler schedules or contracts: files are compiled with -ffp-contract=off, and
+ * every fused multiply-add is a call of vf_fma. A machine without FMA rounds twice, always.
+ */
+#ifndef MEGALITH_SIMD_H
+#define MEGALITH_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && !defined(MEGALITH_EMULATE_AVX512)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define PARTS (64 / VECTOR_BYTES)
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define EACH_PART UNROLL for (int part = 0; part < PARTS; part++)
+
+typedef float fpart __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ipart __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t upart __attribute__((vector_size(VECTOR_BYTES)));
+/* The same types where memory is not aligned to a whole vector. */
+typedef float fpart_any __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t ipart_any __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+typedef struct { fpart p[PARTS]; } vf;
+typedef struct { ipart p[PARTS]; } vi;
+
+#define PART_LANES (VECTOR_BYTES / 4)
+
+INLINE vf vf_load(const float *from) {
+    vf r;
+    EACH_PART r.p[part] = *(const fpart_any *)(from + part * PART_LANES);
+    return r;
+}
+INLINE void vf_store(float *to, vf x) { EACH_PART *(fpart_any *)(to + part * PART_LANES) = x.p[part]; }
+INLINE vf vf_set(float x) {
+    vf r;
+    EACH_PART r.p[part] = x - (fpart){0};
+    return r;
+}
+INLINE vf vf_add(vf x, vf y) { EACH_PART x.p[part] += y.p[part]; return x; }
+INLINE vf vf_sub(vf x, vf y) { EACH_PART x.p[part] -= y.p[part]; return x; }
+INLINE vf vf_mul(vf x, vf y) { EACH_PART x.p[part] *= y.p[part]; return x; }
+INLINE vf vf_div(vf x, vf y) { EACH_PART x.p[part] /= y.p[part]; return x; }
+INLINE vf vf_scale(vf x, float y) { EACH_PART x.p[part] *= y; return x; }
+
+/* x * y + z */
+INLINE vf vf_fma(vf x, vf y, vf z) {
+#if VECTOR_BYTES == 64
+    z.p[0] = (fpart)_mm512_fmadd_ps((__m512)x.p[0], (__m512)y.p[0], (__m512)z.p[0]);
+#elif VECTOR_BYTES == 32
+    EACH_PART z.p[part] = (fpart)_mm256_fmadd_ps((__m256)x.p[part], (__m256)y.p[part], (__m256)z.p[part]);
+#else
+    EACH_PART z.p[part] = x.p[part] * y.p[part] + z.p[part];
+#endif
+    return z;
+}
+
+INLINE vi vi_set(int32_t x) {
+    vi r;
+    EACH_PART r.p[part] = x - (ipart){0};
+    return r;
+}
+INLINE vi vi_load(const int32_t *from) {
+    vi r;
+    EACH_PART r.p[part] = *(const ipart_any *)(from + part * PART_LANES);
+    return r;
+}
+INLINE vi vi_add(vi x, vi y) { EACH_PART x.p[part] += y.p[part]; return x; }
+INLINE vf vf_from_bits(vi x) { vf r; EACH_PART r.p[part] = (fpart)x.p[part]; return r; }
+INLINE vi vi_from_bits(vf x) { vi r; EACH_PART r.p[part] = (ipart)x.p[part]; return r; }
+INLINE vf vf_from_int(vi x) { vf r; EACH_PART r.p[part] = __builtin_convertvector(x.p[part], fpart); return r; }
+
+/* All ones where x < y. */
+INLINE vi vf_less(vf x, vf y) { vi r; EACH_PART r.p[part] = x.p[part] < y.p[part]; return r; }
+/* All ones where x < y, for int32. */
+INLINE vi vi_less(vi x, vi y) { vi r; EACH_PART r.p[part] = x.p[part] < y.p[part]; return r; }
+INLINE vf vf_select(vi mask, vf yes, vf no) {
+    vf r;
+    EACH_PART r.p[part] = (fpart)((mask.p[part] & (ipart)yes.p[part]) | (~mask.p[part] & (ipart)no.p[part]));
+    return r;
+}
+/* A NaN in x gives y, as with x86's max; both sides are the same on every instruction set. */
+INLINE vf vf_max(vf x, vf y) { return vf_select(vf_less(y, x), x, y); }
+INLINE vf vf_abs(vf x) {
+    vf r;
+    EACH_PART r.p[part] = (fpart)((ipart)x.p[part] & 0x7fffffff);
+    return r;
+}
+
+/* Fixed trees, so that a sum over lanes has one order everywhere. */
+INLINE float vf_sum(vf x) {
+    float lane[LANES];
+    vf_store(lane, x);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+INLINE float vf_largest(vf x) {
+    float lane[LANES];
+    vf_store(lane, x);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
+    return lane[0];
+}
+INLINE int32_t vi_sum(vi x) {
+    int32_t lane[LANES], sum = 0;
+    EACH_PART *(ipart_any *)(lane + part * PART_LANES) = x.p[part];
+    for (int i = 0; i < LANES; i++) sum += lane[i];
+    return sum;
+}
+
+/* The nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the low mantissa bits. */
+#define ROUND_MAGIC 12582912.0f
+INLINE vi vf_round(vf x) {
+    vi r;
+    EACH_PART r.p[part] = (ipart)(x.p[part] + ROUND_MAGIC) - 0x4b400000;
+    return r;
+}
+
+/* exp(x), relative error below 2e-7 for x in [-87, 88]; below -87 it gives exp(-87), above 88 exp(88). Cephes' degree-5
+ * polynomial after reduction by multiples of ln 2 in two parts. */
+INLINE vf vf_exp(vf x) {
+    x = vf_max(x, vf_set(-87.0f));
+    x = vf_select(vf_less(x, vf_set(88.0f)), x, vf_set(88.0f));
+    vi n = vf_round(vf_scale(x, 1.44269504f));
+    vf n_float = vf_from_int(n);
+    vf r = vf_fma(n_float, vf_set(-0.693359375f), x);
+    r = vf_fma(n_float, vf_set(2.12194440e-4f), r);
+    vf p = vf_set(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
+    p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.0f)));
+    vi power;
+    EACH_PART power.p[part] = (n.p[part] + 127) << 23;
+    return vf_mul(p, vf_from_bits(power));
+}
+
+/* Sixteen IEEE half floats, exactly. */
+INLINE vf vf_load_half(const uint16_t *from) {
+    vf r;
+#if VECTOR_BYTES == 64
+    r.p[0] = (fpart)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif VECTOR_BYTES == 32
+    EACH_PART r.p[part] = (fpart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + part * PART_LANES)));
+#else
+    /* Shift exponent and mantissa into place and rescale by 2^112: right for zero, subnormals and all finite values. */
+    EACH_PART {
+        upart wide;
+        for (int i = 0; i < PART_LANES; i++) wide[i] = from[part * PART_LANES + i];
+        fpart magnitude = (fpart)((wide & 0x7fff) << 13) * 0x1p112f;
+        r.p[part] = (fpart)((upart)magnitude | (wide & 0x8000) << 16);
+    }
+#endif
+    return r;
+}
+
+/* bfloat16 pairs: 16 dwords, each an even element (low half) and an odd one (high half). */
+INLINE vf vf_even_bf16(vi pairs) { vf r; EACH_PART r.p[part] = (fpart)(pairs.p[part] << 16); return r; }
+INLINE vf vf_odd_bf16(vi pairs) {
+    vf r;
+    EACH_PART r.p[part] = (fpart)((upart)pairs.p[part] & 0xffff0000u);
+    return r;
+}
+
+/* Round to nearest even; NaN stays NaN. */
+INLINE uint16_t bf16_from_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#endif

@@ -1,0 +1,407 @@
+/* One step: ragged rows of tokens in, K and V written, sampled tokens (or logits) out.
+ *
+ * Every phase is a task over rows, panels or attention tiles, so that one thread or many do the same arithmetic on the
+ * same numbers. In the last layer only the output rows go on after attention.
+ */
+#define _GNU_SOURCE
+#include "model.h"
+
+#include <math.h>
+#include <string.h>
+#include <time.h>
+
+#define ROWS_PER_ITEM 4
+
+/* What the tasks of one step share. */
+struct step {
+    native_model *model;
+    const struct native_config *c;
+    const struct native_batch *batch;
+    const struct native_sampling *sampling;
+    const struct native_result *result;
+    float *logits_out; /* instead of sampling */
+    struct layer *layer;
+    int index;   /* of the layer */
+    int rows;    /* in x now */
+    int tiles, head_parts; /* head_parts: tiles that share one KV head because its query heads are many */
+    int first_output, outputs; /* of the run of output rows that is sampled now */
+    int failed_output;
+    int64_t clock;
+};
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void end_phase(struct step *s, int phase) {
+    int64_t now = now_ns();
+    s->model->phase_ns[phase] += now - s->clock;
+    s->clock = now;
+}
+
+/* ---- rows ---- */
+
+typedef void (*row_task)(struct step *s, int row, int worker);
+struct row_job { struct step *s; row_task task; int rows; };
+
+static void run_row_item(void *argument, int item, int worker) {
+    struct row_job *job = argument;
+    int last = (item + 1) * ROWS_PER_ITEM;
+    for (int row = item * ROWS_PER_ITEM; row < last && row < job->rows; row++) job->task(job->s, row, worker);
+}
+
+static void each_row(struct step *s, row_task task, int rows) {
+    struct row_job job = {s, task, rows};
+    pool_run(s->model->pool, run_row_item, &job, (rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM);
+}
+
+static float *vector(const struct step *s, int tensor) { return s->layer->vectors[tensor - NATIVE_MATRICES]; }
+
+static void embed_row(struct step *s, int row, int worker) {
+    native_model *m = s->model;
+    int half = s->c->head_dim / 2, position = s->batch->positions[row];
+    (void)worker;
+    matrix_row(&m->embed, s->batch->tokens[row], s->c->embedding_scale, m->work.x + (size_t)row * s->c->hidden);
+    for (int rope = 0; rope < 2; rope++) {
+        size_t at = ((size_t)rope * s->c->max_rows + row) * half;
+        for (int i = 0; i < half; i++) {
+            float angle = (float)position * m->rope_frequencies[rope * half + i];
+            m->work.cosine[at + i] = cosf(angle);
+            m->work.sine[at + i] = sinf(angle);
+        }
+    }
+}
+
+/* The activations of the matrices that read `row` of x through the norm `weight`. */
+static void norm_and_quantize(struct step *s, int row, int worker, const float *weight) {
+    native_model *m = s->model;
+    float *normed = m->work.normed + (size_t)worker * m->work.widest;
+    m->kernels->norm(m->work.x + (size_t)row * s->c->hidden, weight, s->c->hidden, s->c->norm_eps, normed);
+    m->kernels->quantize(normed, row, &m->work.a);
+}
+
+static void attn_norm_row(struct step *s, int row, int worker) {
+    norm_and_quantize(s, row, worker, vector(s, NATIVE_ATTN_NORM));
+}
+static void ffn_norm_row(struct step *s, int row, int worker) {
+    norm_and_quantize(s, row, worker, vector(s, NATIVE_FFN_NORM));
+}
+static void final_norm_row(struct step *s, int row, int worker) {
+    norm_and_quantize(s, row, worker, s->model->final_norm);
+}
+
+static void quantize_mixed_row(struct step *s, int row, int worker) {
+    native_model *m = s->model;
+    (void)worker;
+    m->kernels->quantize(m->work.mixed + (size_t)row * s->c->num_heads * s->c->head_dim, row, &m->work.a);
+}
+
+static void activate_row(struct step *s, int row, int worker) {
+    native_model *m = s->model;
+    float *gate = m->work.y + (size_t)row * m->work.wide;
+    (void)worker;
+    m->kernels->activate(s->c->activation, gate, gate + s->c->ffn, s->c->ffn);
+    m->kernels->quantize(gate, row, &m->work.a);
+}
+
+/* x += norm(y), for models that norm what a block gives before adding it. */
+static void add_post_norm(struct step *s, int row, const float *weight) {
+    native_model *m = s->model;
+    float *y = m->work.y + (size_t)row * m->work.wide;
+    m->kernels->norm(y, weight, s->c->hidden, s->c->norm_eps, y);
+    m->kernels->add(m->work.x + (size_t)row * s->c->hidden, y, s->c->hidden);
+}
+static void post_attn_row(struct step *s, int row, int worker) {
+    (void)worker;
+    add_post_norm(s, row, vector(s, NATIVE_POST_ATTN_NORM));
+}
+static void post_ffn_row(struct step *s, int row, int worker) {
+    (void)worker;
+    add_post_norm(s, row, vector(s, NATIVE_POST_FFN_NORM));
+}
+
+/* Which sequence a row belongs to; rows are few and sequences ascend, so a binary search is plenty. */
+static int sequence_of(const struct native_batch *b, int row) {
+    int low = 0, high = b->num_sequences;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (b->row_starts[middle] <= row) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+/* Where K of the first chunk of a block lies, for this layer and KV head; V follows the K of the block's chunks. */
+static size_t head_offset(const struct step *s, int kv_head) {
+    size_t both = 2 * (size_t)s->c->block_tokens * s->c->head_dim;
+    return ((size_t)s->index * s->c->num_kv_heads + kv_head) * both;
+}
+
+static void store_row(struct step *s, int row, const float *k, const float *v) {
+    native_model *m = s->model;
+    const struct native_batch *b = s->batch;
+    int e = s->c->head_dim, position = b->positions[row], inside = position % s->c->block_tokens;
+    int block = b->block_tables[(size_t)sequence_of(b, row) * b->table_width + position / s->c->block_tokens];
+    for (int h = 0; h < s->c->num_kv_heads; h++) {
+        uint16_t *k_chunk = m->kv + (size_t)block * m->block_elements + head_offset(s, h) +
+                            (size_t)(inside / CHUNK_TOKENS) * m->chunk_elements;
+        uint16_t *v_chunk = k_chunk + (size_t)s->c->block_tokens * e;
+        m->kernels->store_kv(k + (size_t)h * e, v + (size_t)h * e, e, k_chunk, v_chunk, inside % CHUNK_TOKENS);
+    }
+}
+
+/* Bias, q and k norms, rotary embedding, and K and V into their block. */
+static void rope_row(struct step *s, int row, int worker) {
+    native_model *m = s->model;
+    const struct native_config *c = s->c;
+    int e = c->head_dim, q_size = c->num_heads * e, kv_size = c->num_kv_heads * e;
+    float *q = m->work.y + (size_t)row * m->work.wide, *k = q + q_size, *v = k + kv_size;
+    size_t angles = ((size_t)s->layer->rope * c->max_rows + row) * (e / 2);
+    (void)worker;
+    if (c->qkv_bias) {
+        m->kernels->add(q, vector(s, NATIVE_Q_BIAS), q_size);
+        m->kernels->add(k, vector(s, NATIVE_K_BIAS), kv_size);
+        m->kernels->add(v, vector(s, NATIVE_V_BIAS), kv_size);
+    }
+    for (int h = 0; h < c->num_heads + c->num_kv_heads; h++) {
+        float *head = q + (size_t)h * e; /* k follows q */
+        int is_q = h < c->num_heads;
+        if (c->qk_norm) m->kernels->norm(head, vector(s, is_q ? NATIVE_Q_NORM : NATIVE_K_NORM), e, c->norm_eps, head);
+        m->kernels->rope(head, m->work.cosine + angles, m->work.sine + angles, e, is_q ? c->attention_scale : 1.0f);
+    }
+    store_row(s, row, k, v);
+}
+
+/* ---- matrices ---- */
+
+/* Products of the same activations, whose panels are shared out over the threads. */
+struct product_job {
+    struct step *s;
+    struct product products[3];
+    int count, panels, per_item;
+};
+
+static void run_product_item(void *argument, int item, int worker) {
+    struct product_job *job = argument;
+    int first = item * job->per_item, last = first + job->per_item;
+    void *scratch = job->s->model->work.scratch + (size_t)worker * KERNEL_SCRATCH_BYTES;
+    for (int i = 0, base = 0; i < job->count; base += job->products[i++].w->panels) {
+        int low = first > base ? first - base : 0, high = last - base, panels = job->products[i].w->panels;
+        if (high > panels) high = panels;
+        if (low < high) job->s->model->kernels->multiply(&job->products[i], low, high, scratch);
+    }
+}
+
+/* y[i] (+)= a W[i]^T for `count` matrices, for `rows` rows of the activations. */
+static void multiply(struct step *s, int count, const struct matrix *const *w, float *const *y, size_t stride, int rows,
+                     int accumulate) {
+    struct product_job job = {.s = s, .count = count};
+    int threads = pool_threads(s->model->pool);
+    s->model->work.a.rows = rows;
+    for (int i = 0; i < count; i++) {
+        job.products[i] = (struct product){w[i], &s->model->work.a, y[i], (ptrdiff_t)stride, accumulate};
+        job.panels += w[i]->panels;
+    }
+    /* About eight items a thread even out what the system takes away; fewer, longer ones would stream better. */
+    job.per_item = threads == 1 ? job.panels : (job.panels + 8 * threads - 1) / (8 * threads);
+    pool_run(s->model->pool, run_product_item, &job, (job.panels + job.per_item - 1) / job.per_item);
+}
+
+/* Activations that are filled next have this width. */
+static void set_inputs(struct step *s, int inputs) {
+    s->model->work.a.inputs = inputs;
+    s->model->work.a.groups = inputs / GROUP;
+}
+
+/* ---- attention ---- */
+
+/* Cut sequences into tiles of rows; in the last layer, tiles without an output row are left out. */
+static void cut_tiles(struct step *s, int outputs_only) {
+    const struct native_batch *b = s->batch;
+    int heads = s->c->num_heads / s->c->num_kv_heads, next_output = 0;
+    s->head_parts = (heads + TILE_QUERIES - 1) / TILE_QUERIES;
+    int most = heads >= TILE_QUERIES ? 1 : TILE_QUERIES / heads;
+    s->tiles = 0;
+    for (int sequence = 0; sequence < b->num_sequences; sequence++)
+        for (int row = b->row_starts[sequence]; row < b->row_starts[sequence + 1];) {
+            int rows = b->row_starts[sequence + 1] - row;
+            if (rows > most) rows = most;
+            while (next_output < b->num_outputs && b->output_rows[next_output] < row) next_output++;
+            int wanted = next_output < b->num_outputs && b->output_rows[next_output] < row + rows;
+            if (wanted || !outputs_only) s->model->work.tiles[s->tiles++] = (struct tile_rows){sequence, row, rows};
+            row += rows;
+        }
+}
+
+static void attend_item(void *argument, int item, int worker) {
+    struct step *s = argument;
+    native_model *m = s->model;
+    const struct native_config *c = s->c;
+    int parts = s->head_parts, group = c->num_heads / c->num_kv_heads;
+    int part = item % parts, kv_head = item / parts % c->num_kv_heads;
+    const struct tile_rows *rows = &m->work.tiles[item / parts / c->num_kv_heads];
+    int first_head = group * part / parts, last_head = group * (part + 1) / parts;
+    size_t head = ((size_t)kv_head * group + first_head) * c->head_dim, out_stride = (size_t)c->num_heads * c->head_dim;
+    struct attention_tile tile = {
+        .q = m->work.y + (size_t)rows->first * m->work.wide + head,
+        .out = m->work.mixed + (size_t)rows->first * out_stride + head,
+        .q_stride = m->work.wide,
+        .out_stride = out_stride,
+        .rows = rows->rows,
+        .heads = last_head - first_head,
+        .head_dim = c->head_dim,
+        .positions = s->batch->positions + rows->first,
+        .window = s->layer->window,
+        .pool = m->kv + head_offset(s, kv_head),
+        .table = s->batch->block_tables + (size_t)rows->sequence * s->batch->table_width,
+        .block_elements = m->block_elements,
+        .chunk_elements = m->chunk_elements,
+        .v_offset = (size_t)c->block_tokens * c->head_dim,
+        .chunks_in_block = c->block_tokens / CHUNK_TOKENS,
+        .scores = m->work.scores + (size_t)worker * TILE_QUERIES * m->work.score_stride,
+        .score_stride = m->work.score_stride,
+    };
+    m->kernels->attend(&tile);
+}
+
+/* Only output rows go on: move them to the front of x and of attention's output. */
+static void keep_outputs(struct step *s) {
+    struct workspace *w = &s->model->work;
+    size_t hidden = (size_t)s->c->hidden, heads = (size_t)s->c->num_heads * s->c->head_dim;
+    for (int n = 0; n < s->batch->num_outputs; n++) {
+        size_t row = (size_t)s->batch->output_rows[n];
+        memmove(w->x + n * hidden, w->x + row * hidden, hidden * 4);
+        memmove(w->mixed + n * heads, w->mixed + row * heads, heads * 4);
+    }
+    s->rows = s->batch->num_outputs;
+}
+
+/* ---- a layer ---- */
+
+static void attention_block(struct step *s) {
+    native_model *m = s->model;
+    const struct native_config *c = s->c;
+    const struct matrix *w = s->layer->matrices;
+    int q_size = c->num_heads * c->head_dim, kv_size = c->num_kv_heads * c->head_dim, last = s->index == c->num_layers - 1;
+    set_inputs(s, c->hidden);
+    each_row(s, attn_norm_row, s->rows);
+    end_phase(s, NATIVE_PHASE_NORM);
+    float *y = m->work.y;
+    multiply(s, 3, (const struct matrix *const[]){&w[NATIVE_Q], &w[NATIVE_K], &w[NATIVE_V]},
+             (float *const[]){y, y + q_size, y + q_size + kv_size}, m->work.wide, s->rows, 0);
+    end_phase(s, NATIVE_PHASE_QKV);
+    each_row(s, rope_row, s->rows);
+    end_phase(s, NATIVE_PHASE_ROPE);
+    if (s->index == 0 || last) cut_tiles(s, last);
+    pool_run(m->pool, attend_item, s, s->tiles * c->num_kv_heads * s->head_parts);
+    if (last) keep_outputs(s);
+    if (s->rows == 0) return; /* a step without outputs ends here */
+    end_phase(s, NATIVE_PHASE_ATTENTION);
+    set_inputs(s, q_size);
+    each_row(s, quantize_mixed_row, s->rows);
+    float *to = c->post_norms ? y : m->work.x;
+    multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_O]}, &to, c->post_norms ? m->work.wide : (size_t)c->hidden,
+             s->rows, !c->post_norms);
+    if (c->post_norms) each_row(s, post_attn_row, s->rows);
+    end_phase(s, NATIVE_PHASE_OUT);
+}
+
+static void ffn_block(struct step *s) {
+    native_model *m = s->model;
+    const struct native_config *c = s->c;
+    const struct matrix *w = s->layer->matrices;
+    float *y = m->work.y, *to = c->post_norms ? y : m->work.x;
+    set_inputs(s, c->hidden);
+    each_row(s, ffn_norm_row, s->rows);
+    end_phase(s, NATIVE_PHASE_NORM);
+    multiply(s, 2, (const struct matrix *const[]){&w[NATIVE_GATE], &w[NATIVE_UP]}, (float *const[]){y, y + c->ffn},
+             m->work.wide, s->rows, 0);
+    end_phase(s, NATIVE_PHASE_GATE_UP);
+    set_inputs(s, c->ffn);
+    each_row(s, activate_row, s->rows);
+    end_phase(s, NATIVE_PHASE_ACTIVATION);
+    multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_DOWN]}, &to, c->post_norms ? m->work.wide : (size_t)c->hidden,
+             s->rows, !c->post_norms);
+    if (c->post_norms) each_row(s, post_ffn_row, s->rows);
+    end_phase(s, NATIVE_PHASE_DOWN);
+}
+
+/* ---- outputs ---- */
+
+static void sample_item(void *argument, int item, int worker) {
+    struct step *s = argument;
+    native_model *m = s->model;
+    struct sample_row row = {
+        .how = s->sampling,
+        .to = s->result,
+        .index = s->first_output + item,
+        .vocab = s->c->vocab,
+        .logits = m->work.logits + (size_t)item * m->work.logit_stride,
+        .work = m->work.sample + (size_t)worker * SAMPLE_WORK_FLOATS(s->c->vocab),
+    };
+    if (m->kernels->sample(&row) != NATIVE_OK) __atomic_store_n(&s->failed_output, row.index, __ATOMIC_RELAXED);
+}
+
+/* Logits of LOGIT_ROWS output rows at a time, so that their memory does not grow with the batch. */
+static void give_outputs(struct step *s) {
+    native_model *m = s->model;
+    struct activations all = m->work.a;
+    float *logits = m->work.logits;
+    set_inputs(s, s->c->hidden);
+    each_row(s, final_norm_row, s->rows);
+    all.inputs = m->work.a.inputs;
+    all.groups = m->work.a.groups;
+    for (s->first_output = 0; s->first_output < s->rows; s->first_output += LOGIT_ROWS) {
+        s->outputs = s->rows - s->first_output < LOGIT_ROWS ? s->rows - s->first_output : LOGIT_ROWS;
+        m->work.a = all;
+        m->work.a.a += (size_t)s->first_output * all.inputs;
+        m->work.a.scale += (size_t)s->first_output * all.groups;
+        m->work.a.sum += (size_t)s->first_output * all.groups;
+        multiply(s, 1, &m->head, &logits, m->work.logit_stride, s->outputs, 0);
+        end_phase(s, NATIVE_PHASE_HEAD);
+        if (s->logits_out != NULL)
+            for (int n = 0; n < s->outputs; n++)
+                memcpy(s->logits_out + (size_t)(s->first_output + n) * s->c->vocab, logits + n * m->work.logit_stride,
+                       (size_t)s->c->vocab * 4);
+        else
+            pool_run(m->pool, sample_item, s, s->outputs);
+        end_phase(s, NATIVE_PHASE_SAMPLE);
+    }
+    m->work.a = all;
+}
+
+static int run_step(struct step *s) {
+    native_model *m = s->model;
+    s->c = &m->config;
+    s->rows = s->batch->num_rows;
+    s->failed_output = -1;
+    s->clock = now_ns();
+    each_row(s, embed_row, s->rows);
+    end_phase(s, NATIVE_PHASE_EMBED);
+    for (s->index = 0; s->index < s->c->num_layers; s->index++) {
+        s->layer = &m->layers[s->index];
+        attention_block(s);
+        if (s->rows == 0) return NATIVE_OK;
+        ffn_block(s);
+    }
+    give_outputs(s);
+    if (s->failed_output < 0) return NATIVE_OK;
+    return fail(m->message, NATIVE_NO_TOKEN, "output %d has no token to give: every token is masked, or its logits are not numbers",
+                s->failed_output);
+}
+
+int32_t native_step(native_model *model, const struct native_batch *batch, const struct native_sampling *sampling,
+                    const struct native_result *result) {
+    if (check_batch(model, batch) != NATIVE_OK || check_sampling(model, batch->num_outputs, sampling, result) != NATIVE_OK)
+        return NATIVE_BAD_ARGUMENT;
+    struct step s = {.model = model, .batch = batch, .sampling = sampling, .result = result};
+    return run_step(&s);
+}
+
+int32_t native_logits(native_model *model, const struct native_batch *batch, float *logits) {
+    if (check_batch(model, batch) != NATIVE_OK) return NATIVE_BAD_ARGUMENT;
+    struct step s = {.model = model, .batch = batch, .logits_out = logits};
+    return run_step(&s);
+}

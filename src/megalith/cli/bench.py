@@ -86,13 +86,13 @@ def _run(
     config = EngineConfig(
         model=model, mode=mode, threads=threads, max_sequences=points.MAX_BATCH + 1,
         max_context=points.MAX_CONTEXT + 16, token_budget=points.MAX_BATCH + points.MAX_PROMPT,
-        num_blocks=points.blocks_needed(16),
+        num_blocks=points.blocks_needed(16), num_host_blocks=points.host_blocks_needed(16),
     )  # fmt: skip
     say(f"loading {model}")
     built = build_engine(config)
     try:
         stage = points.Stage.on(built.runner)
-        with progress("computing KV", points.MAX_BATCH, "sequences") as advance:
+        with progress("computing KV", points.MAX_CONTEXT // points.FILL_ROWS, "steps") as advance:
             stage.fill(advance)
         keys = [*points.CALIBRATION, *points.REPORTING]
         with progress("timing steps", rounds + 1, "rounds") as advance:

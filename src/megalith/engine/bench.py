@@ -31,6 +31,7 @@ MAX_CONTEXT = 1024
 LONG_SEQUENCES = 8
 """The first sequences are filled to MAX_CONTEXT, the others to half of it."""
 MAX_PROMPT = 512
+FILL_ROWS = 256
 
 CALIBRATION: tuple[Key, ...] = (
     (1, 64, 0), (1, 1000, 0), (2, 256, 0), (4, 128, 0), (4, 900, 0), (8, 64, 0), (8, 512, 0), (8, 1000, 0),
@@ -106,6 +107,11 @@ def blocks_needed(block_tokens: int) -> int:
     return long + short + blocks_for(MAX_PROMPT, block_tokens)
 
 
+def host_blocks_needed(block_tokens: int) -> int:
+    """Host blocks through which the longest sequence is copied to the others."""
+    return blocks_for(MAX_CONTEXT + 1, block_tokens)
+
+
 def greedy(outputs: int) -> SamplingBatch:
     """Greedy sampling of `outputs` rows, nothing else asked."""
     ones, zeros, none = np.ones(outputs, np.float32), np.zeros(outputs, np.float32), np.full(outputs, -1, np.int32)
@@ -157,14 +163,19 @@ class Stage:
         )
 
     def fill(self, progress: Progress) -> None:
-        """Compute real K and V for every sequence, so that reading them costs what it costs in use."""
-        for sequence in range(MAX_BATCH):
-            done, length = 0, _length(sequence)
-            while done < length:
-                new = min(256, length - done)
-                self.runner.step(self.batch([(sequence, new, done)]), greedy(1))
-                done += new
+        """Real K and V for every sequence in memory of its own, so that reading them costs what it costs in use.
+
+        The first sequence is computed; its blocks reach the others through the runner's host pool.
+        """
+        done = 0
+        while done < MAX_CONTEXT:
+            self.runner.step(self.batch([(0, FILL_ROWS, done)]), greedy(1))
+            done += FILL_ROWS
             progress(1)
+        host = np.arange(len(self.tables[0]), dtype=np.int32)
+        self.runner.swap_out(self.tables[0], host)
+        for table in self.tables[1:MAX_BATCH]:
+            self.runner.swap_in(host[: len(table)], table)
 
     def point(self, key: Key) -> tuple[StepBatch, SamplingBatch]:
         """The step of a point."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from megalith.base.errors import MachineError
 from megalith.base.units import NS_PER_S
 
@@ -79,7 +81,25 @@ def attention_figures(threads: int) -> Iterator[tuple[str, float]]:
 
 
 def native_figures(threads: int) -> Iterator[tuple[str, float]]:
-    """Multiply-adds a second of the native kernels on one thread, by format and shape, and of all threads together."""
-    del threads
-    raise MachineError("the native library is not part of this installation, so its rows are left out.")
-    yield "", 0.0
+    """FLOP/s of the native kernels on one thread by format and shape; the best multiply-add rate times `threads`."""
+    from megalith.engine.native import binding
+    from megalith.engine.probe import best_ns
+
+    library, best = binding.load(), 0.0
+    draw = np.random.default_rng(1)
+    for name, (elements, size) in (("Q4_1", (32, 20)), ("Q8_0", (32, 34))):
+        for inputs, outputs in SHAPES:
+            blocks = inputs // elements * outputs
+            raw = draw.integers(0, 256, (blocks, size), dtype=np.uint8)
+            # The scales are half floats: make them small finite numbers.
+            raw[:, 1] = 0x1C
+            if name == "Q4_1":
+                raw[:, 3] = 0x1C
+            matrix = binding.PackedMatrix(library, name, raw.reshape(outputs, -1), (outputs, inputs))
+            for rows in ROWS:
+                x = draw.standard_normal((rows, inputs), np.float32)
+                duration_ns = best_ns(partial(matrix.multiply, x), _BUDGET_NS)
+                flops_per_s = 2 * rows * inputs * outputs * NS_PER_S / duration_ns
+                best = max(best, flops_per_s)
+                yield f"native_linear_{name.lower()}_{rows}x{inputs}x{outputs}_flops_per_s", flops_per_s
+    yield "linear_native_macs_per_s", best / 2 * threads

@@ -43,6 +43,13 @@ def one_by_one(runner: TorchRunner, model: OpenModel, prompts: list[list[int]]) 
     return [run_prompts(make_engine(runner, way), model.tokenizer, [p], GREEDY, way)[0].token_ids for p in prompts]
 
 
+@pytest.fixture(scope="module")
+def alone(runner: TorchRunner, tiny_model: OpenModel, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    tokens = one_by_one(runner, tiny_model, prompts)
+    assert len({piece[-4:] for piece in tokens}) > 4, "the model repeats itself too much to test anything"
+    return tokens
+
+
 def whole(prompt: list[int]) -> StepBatch:
     rows = np.arange(len(prompt), dtype=np.int32)
     table = np.arange(1 + len(prompt) // BLOCK, dtype=np.int32)[None]
@@ -79,10 +86,8 @@ def test_logits_equal_transformers_in_float32(
     ids=["batch", "chunked", "arrivals", "prefill-first", "first-come", "prefix", "recompute", "swap"],
 )
 def test_greedy_tokens_are_the_same_alone_and_in_any_company(
-    runner: TorchRunner, tiny_model: OpenModel, prompts: list[list[int]], way: Way
+    runner: TorchRunner, tiny_model: OpenModel, prompts: list[list[int]], alone: list[tuple[int, ...]], way: Way
 ) -> None:
-    alone = one_by_one(runner, tiny_model, prompts)
-    assert len({tokens[-4:] for tokens in alone}) > 4, "the model repeats itself too much to test anything"
     if way.prefix:
         prompts = [prompts[4] + p for p in prompts]
         alone = one_by_one(runner, tiny_model, prompts)

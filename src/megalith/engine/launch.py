@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -27,6 +27,7 @@ from megalith.engine.service import LocalEngine
 from megalith.model.open import OpenModel, open_model
 from megalith.plan import machine
 from megalith.plan.fit import Fit, check_fits
+from megalith.plan.source import resolve
 from megalith.policy.batching import by_name
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
@@ -84,7 +85,7 @@ def build_engine(
         model = open_model(config.model)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
-        fit = check_fits(msgspec.structs.replace(config, model=str(model.files.path)), kind=kind)
+        fit = _sizes(config, model, kind)
     if on_plan is not None:
         on_plan(fit)
     with spans.of("load the weights", progress):
@@ -137,6 +138,17 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
         raise MachineError(f"The native backend cannot run {model.spec.name}: {reason}", "Use --mode auto or bf16.")
     log.warning("the native backend cannot run %s: %s; torch runs it in bf16 instead", model.spec.name, reason)
     return "torch-cpu", f"torch on the CPU in bf16, because the native backend cannot run it: {reason}"
+
+
+def _sizes(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
+    planned = replace(resolve(str(model.files.path)), name=model.files.name)
+    if kind == "torch-cpu" and config.mode != "float32":
+        from megalith.engine.torch_linear import cpu_has_bf16
+
+        if not cpu_has_bf16():  # the torch runner then holds float32 weights beside bfloat16 KV
+            wide = msgspec.structs.replace(config, mode="float32")
+            return check_fits(wide, kind=kind, model=planned, kv_format="bf16")
+    return check_fits(config, kind=kind, model=planned)
 
 
 def why_not_native(model: OpenModel) -> str | None:

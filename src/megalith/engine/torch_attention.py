@@ -46,8 +46,11 @@ class PagedKv:
         shape = (layers, 2, num_blocks + 1, block_tokens, kv_heads, head_dim)
         host_shape = (layers, 2, num_host_blocks, block_tokens, kv_heads, head_dim)
         self.block_tokens = block_tokens
-        self.device_blocks = torch.zeros(shape, dtype=dtype, device=device)
-        self.host_blocks = torch.zeros(host_shape, dtype=dtype, pin_memory=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.device_blocks = torch.zeros(shape, dtype=dtype, device=device) if on_gpu else _lazy_zeros(shape, dtype)
+        self.host_blocks = (
+            torch.zeros(host_shape, dtype=dtype, pin_memory=True) if on_gpu else _lazy_zeros(host_shape, dtype)
+        )
         self.block_bytes = layers * 2 * block_tokens * kv_heads * head_dim * dtype.itemsize
 
     def num_bytes(self) -> int:
@@ -80,6 +83,11 @@ class PagedKv:
         target = torch.from_numpy(device_blocks.astype(np.int64)).to(self.device_blocks.device)
         rows = self.host_blocks.index_select(2, source).to(self.device_blocks.device)
         self.device_blocks.index_copy_(2, target, rows)
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the kernel gives when they are first written: gigabytes of blocks cost no time to set up."""
+    return torch.from_numpy(np.zeros(shape, {2: np.int16, 4: np.float32}[dtype.itemsize])).view(dtype)
 
 
 @dataclass(frozen=True, slots=True)

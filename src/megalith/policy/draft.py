@@ -9,13 +9,24 @@ from megalith.policy.batching import Admission, StepShape
 from megalith.policy.facts import Chunk, Preempt, PreemptMode, Resume
 from megalith.policy.kv import Short
 from megalith.policy.roster import Roster
-from megalith.policy.sequence import Phase, Sequence
+from megalith.policy.sequence import Phase, Rank, Sequence
 
 
 class Draft:
     """Call fill() once, then read the lists."""
 
-    __slots__ = ("_expected", "_left", "_mode", "_roster", "_shape", "_slots", "chunks", "preempts", "resumes", "rows")
+    __slots__ = (
+        "_expected",
+        "_left",
+        "_max_sequences",
+        "_mode",
+        "_roster",
+        "_shape",
+        "chunks",
+        "preempts",
+        "resumes",
+        "rows",
+    )
 
     def __init__(self, roster: Roster, shape: StepShape, max_sequences: int, mode: PreemptMode) -> None:
         self.rows: list[Sequence] = []
@@ -26,12 +37,11 @@ class Draft:
         self._roster = roster
         self._shape = shape
         self._mode: PreemptMode = mode
-        # A mixed step must have a token for every decode.
-        self._slots = min(max_sequences, shape.token_budget) if shape.mixed else max_sequences
+        self._max_sequences = max_sequences
         self._left = shape.token_budget
         """Tokens of the budget not given away; below zero when one prompt alone exceeds it."""
-        self._expected: set[int] = set()
-        """Hashes of the blocks that running prompts complete next."""
+        self._expected: dict[int, Rank] = {}
+        """Hash of the block that a running prompt completes next -> rank of that prompt, the best for each hash."""
 
     def fill(self) -> bool:
         """Form the step. True when the next one would be the same but for one more token of context in each row.
@@ -77,15 +87,15 @@ class Draft:
         if kv.needed_blocks(head.known, head.hashes) + reserve > reachable:
             return
         while lower and (
-            len(running) >= self._slots or kv.needed_blocks(head.known, head.hashes) + reserve > kv.free_blocks
+            len(running) >= self._max_sequences or kv.needed_blocks(head.known, head.hashes) + reserve > kv.free_blocks
         ):
             self._preempt(lower.pop())
 
     def _add_decodes(self) -> None:
         """Decodes in rank order, with room for their next token; the last in rank step aside when blocks run out."""
-        running, kv = self._roster.running, self._roster.kv
+        running, kv, bounded = self._roster.running, self._roster.kv, self._shape.mixed
         index = 0
-        while index < len(running) and len(self.rows) < self._slots:
+        while index < len(running) and not (bounded and self._left <= 0):
             sequence = running[index]
             index += 1
             if sequence.known - sequence.computed != 1:
@@ -129,7 +139,7 @@ class Draft:
 
     def _admit(self, head: Sequence) -> bool:
         """Bring the head of the queue onto the device if there is room and nothing is gained by waiting a step."""
-        if len(self._roster.running) >= self._slots or self._is_coming(head):
+        if len(self._roster.running) >= self._max_sequences or self._is_coming(head):
             return False
         if any(preempt.request_id == head.request.id for preempt in self.preempts):
             return False
@@ -143,20 +153,23 @@ class Draft:
 
     def _expect(self, sequence: Sequence) -> None:
         if sequence.table.sealed < len(sequence.hashes):
-            self._expected.add(sequence.hashes[sequence.table.sealed])
+            block_hash = sequence.hashes[sequence.table.sealed]
+            self._expected[block_hash] = min(sequence.rank, self._expected.get(block_hash, sequence.rank))
 
     def _is_coming(self, head: Sequence) -> bool:
-        """Whether the next block that the prefix cache lacks for this request is being computed for another one.
+        """Whether the next block that the prefix cache lacks for this request is being computed for one before it.
 
-        Then it waits: many requests with one long new prefix (n answers to one prompt) compute it once. A static batch
-        does not wait, for it would start without them.
+        Then it waits: many requests with one long new prefix (n answers to one prompt) compute it once. It loses
+        nothing, for that one gets its tokens first anyway. A static batch does not wait: it would start without them.
         """
         if not self._expected or head.phase is not Phase.WAITING or self._shape.admission is not Admission.BUDGET:
             return False
         kv = self._roster.kv
         hits = kv.match_blocks(head.known, head.hashes)
-        within = hits < min(len(head.hashes), (head.known - 1) // kv.block_tokens)
-        return kv.prefix_cache and within and head.hashes[hits] in self._expected
+        if not kv.prefix_cache or hits >= min(len(head.hashes), (head.known - 1) // kv.block_tokens):
+            return False
+        computing = self._expected.get(head.hashes[hits])
+        return computing is not None and computing < head.rank
 
     def _to_compute(self, head: Sequence) -> int:
         """Tokens that a queued request would have to compute if it were admitted now."""

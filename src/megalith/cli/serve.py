@@ -136,20 +136,21 @@ def serve(
     from megalith.serve.run import bind, configure_logging, run_server
 
     recipe = build_recipe(config, {"engine": engine.table(model), "server": server.table()}, assignments)
-    sock = bind(recipe.server)
-    if not recipe.server.on_loopback and recipe.server.api_key_file is None:
-        warn(f"whoever can reach {recipe.server.host}:{sock.getsockname()[1]} can use the model: there are no API keys")
-    configure_logging(recipe.server.access_log)
-    built = _load(recipe)
-    keep(recipe)
-    from megalith.serve.app import build_app
+    with bind(recipe.server) as sock:
+        if not recipe.server.on_loopback and recipe.server.api_key_file is None:
+            port = sock.getsockname()[1]
+            warn(f"whoever can reach {recipe.server.host}:{port} can use the model: there are no API keys")
+        configure_logging(recipe.server.access_log)
+        built = _load(recipe)
+        keep(recipe)
+        from megalith.serve.app import build_app
 
-    name = (recipe.server.served_names or (built.model.files.name,))[0]
+        name = (recipe.server.served_names or (built.model.files.name,))[0]
 
-    def on_ready(url: str) -> None:
-        _announce(url, name, time.monotonic_ns() - begin_ns, as_json=json)
+        def on_ready(url: str) -> None:
+            _announce(url, name, time.monotonic_ns() - begin_ns, as_json=json)
 
-    return run_server(build_app(built.engine, built.model, recipe.server), recipe.server, sock, on_ready)
+        return run_server(build_app(built.engine, built.model, recipe.server), recipe.server, sock, on_ready)
 
 
 def _load(recipe: ServeRecipe) -> BuiltEngine:

@@ -129,7 +129,7 @@ def parse_body(body: bytes, kind: type[T], config: ServerConfig) -> T:
         raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise ApiError(400, f"The body must be a JSON object, not {type(raw).__name__}.", code="invalid_json")
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = frozenset(kind.__struct_encode_fields__)
     fields = {key: value for key, value in raw.items() if value is not None and _keep(key, value, known, config)}
     try:
         return msgspec.convert(fields, kind)
@@ -153,7 +153,7 @@ def _check_depth(raw: Any, limit: int) -> None:
     raise RecursionError
 
 
-def _keep(key: str, value: Any, known: set[str], config: ServerConfig) -> bool:
+def _keep(key: str, value: Any, known: frozenset[str], config: ServerConfig) -> bool:
     if key in known:
         return True
     if key in IGNORED:

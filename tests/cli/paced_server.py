@@ -26,6 +26,8 @@ class PacedApp:
     fail_every: int = 0
     tokens_per_event: int = 1
     requests: list[dict[str, Any]] = field(default_factory=list)
+    sent_ns: dict[str, list[int]] = field(default_factory=dict)
+    """{prompt as text: when the server handed over each event of text}, on the machine's monotonic clock"""
     tokens_sent: int = 0
     answers_ended: int = 0
     answers_dropped: int = 0
@@ -77,6 +79,7 @@ class PacedApp:
             text = " é" * batch
             finish = "length" if token + batch >= count else None
             choice = {"delta": {"content": text}} if chat else {"text": text}
+            self.sent_ns.setdefault(prompt_key(request), []).append(time.monotonic_ns())
             await _event(send, {"choices": [{"index": 0, **choice, "finish_reason": finish}]})
             self.tokens_sent += batch
         if self.report_usage and request.get("stream_options", {}).get("include_usage"):
@@ -101,6 +104,11 @@ def _whole(request: dict[str, Any], *, chat: bool) -> dict[str, Any]:
     choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     usage = {"prompt_tokens": _prompt_length(request), "completion_tokens": request.get("max_tokens", 3)}
     return {"id": "x", "choices": [{"index": 0, **choice, "finish_reason": "length"}], "usage": usage}
+
+
+def prompt_key(request: dict[str, Any]) -> str:
+    """What tells a request from others: its prompt."""
+    return str(request.get("prompt") or request["messages"][-1]["content"])
 
 
 def _prompt_length(request: dict[str, Any]) -> int:

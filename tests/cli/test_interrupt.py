@@ -87,8 +87,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._keys, text.encode())
 
-    def interrupt(self) -> None:
+    def interrupt(self, then: str = "") -> None:
         self.process.send_signal(signal.SIGINT)
+        self.type(then)
 
     def until(self, text: str) -> str:
         """Read until `text` appears after what was already consumed; give everything up to its end."""
@@ -146,9 +147,10 @@ def test_a_conversation(tmp_path: Path) -> None:
 def test_two_interrupts_at_the_prompt_leave() -> None:
     with serving(PacedApp()) as url:
         chat = Terminal("chat", "--url", url)
+        # The empty line wakes a readline that the signal hit on its way into its wait.
         chat.until("> ")
-        chat.interrupt()
+        chat.interrupt(then="\n")
         chat.until("Ctrl-C again")
         chat.until("> ")
-        chat.interrupt()
+        chat.interrupt(then="\n")
         assert chat.end() == 130

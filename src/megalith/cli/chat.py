@@ -151,7 +151,7 @@ def _converse(runner: asyncio.Runner, partner: Partner, conversation: Conversati
                     return 0
             elif line:
                 _turn(runner, partner, conversation, line, params)
-            interrupts = 0
+            interrupts = 0 if line else interrupts
         except EOFError:
             print()
             return 0

@@ -110,7 +110,8 @@ class LoadRun:
         self._failures_in_a_row = 0
         self._stopping = asyncio.Event()
         self._client = HttpClient(endpoint)
-        self._start_ns = 0
+        self.start_ns = 0
+        """When the run began, on the monotonic clock; the times of the records count from it."""
 
     def stop(self) -> None:
         """Send nothing more and drop what is in flight; `run` returns soon after. Callable from a signal handler."""
@@ -120,7 +121,7 @@ class LoadRun:
         """Warm up, then send `shapes` until they, `max_requests` or `duration_s` run out, and await the answers."""
         try:
             await self._warm_up()
-            self._start_ns = time.monotonic_ns()
+            self.start_ns = time.monotonic_ns()
             issuing = asyncio.ensure_future(self._issue(shapes, on_record))
             stopping = asyncio.ensure_future(self._stopping.wait())
             await asyncio.wait((issuing, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -215,7 +216,7 @@ class LoadRun:
             error=result[1],
             due_ns=times[0],
             sent_ns=times[1],
-            first_ns=pieces[0] - self._start_ns if pieces else None,
+            first_ns=pieces[0] - self.start_ns if pieces else None,
             end_ns=self._now_ns(),
             itl_ns=[later - earlier for earlier, later in itertools.pairwise(pieces)],
             pieces=len(pieces),
@@ -243,7 +244,7 @@ class LoadRun:
         return msgspec.json.encode(body)
 
     def _now_ns(self) -> int:
-        return time.monotonic_ns() - self._start_ns
+        return time.monotonic_ns() - self.start_ns
 
 
 def _judge(sink: StreamSink) -> tuple[Outcome, str]:

@@ -44,7 +44,7 @@ class NativeBuildHook(BuildHookInterface[Any]):
         except Exception as error:
             self.app.display_warning(f"The native CPU backend was not built: {error}")
             self.app.display_warning(
-                "The torch path serves instead, slower; it is built on first use with a C compiler."
+                "The torch path serves instead, slower. With a C compiler it is built on first use."
             )
             return
         if version != "editable":

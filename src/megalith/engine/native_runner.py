@@ -1,6 +1,7 @@
 """NativeRunner: the Runner that gives every step to the C library in one call.
 
-Knows a ModelSpec, a Checkpoint and the binding. Must not import torch: this is the path that starts in under two seconds.
+Knows a ModelSpec, a Checkpoint and the binding. Must not import torch: this path starts in under
+two seconds.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def unsupported_formats(checkpoint: Checkpoint) -> str | None:
 class NativeRunner:
     """Packed weights and KV blocks in memory of the C library.
 
-    Matrices keep their file's exact values where groups of 32 have one scale (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K);
-    Q6_K, F16, BF16 and F32 matrices are rounded to 8 bits a group (within 1/254 of the group's largest weight).
+    Matrices keep their file's exact values where groups of 32 have one scale (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K,
+    Q5_K); Q6_K, F16, BF16 and F32 are rounded to 8 bits a group (within 1/254 of the group's largest weight).
     Activations are 8 bits with one scale for each row and group of 32; K and V are bfloat16. A row's result is the same
     bits alone, in any batch, chunked or not, with any number of threads.
 

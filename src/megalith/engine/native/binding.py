@@ -22,8 +22,8 @@ from megalith.engine.native import build
 Array = NDArray[Any]
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 TENSORS = (
-    "q", "k", "v", "o", "gate", "up", "down", "embed", "head", "attn_norm", "ffn_norm", "post_attn_norm", "post_ffn_norm",
-    "q_norm", "k_norm", "q.bias", "k.bias", "v.bias", "final_norm",
+    "q", "k", "v", "o", "gate", "up", "down", "embed", "head", "attn_norm", "ffn_norm", "post_attn_norm",
+    "post_ffn_norm", "q_norm", "k_norm", "q.bias", "k.bias", "v.bias", "final_norm",
 )  # fmt: skip
 PHASES = (
     "embed", "norm", "qkv", "rope", "attention", "out", "gate_up", "activation", "down", "head", "sample",

@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx512vnni": ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
-    "emulated": ("-mavx2", "-mfma", "-mf16c", "-DMEGALITH_EMULATE_AVX512", "-O2"),
+    "emulated": ("-mavx2", "-mfma", "-mf16c", "-DMEGALITH_EMULATE_AVX512", "-O1"),
 }
 """Instruction set: flags. `emulated` is the AVX-512 code with its dot products done lane by lane, for tests."""
 
@@ -145,7 +145,7 @@ def status() -> BuildStatus:
     chosen = os.environ.get("MEGALITH_NATIVE_ISA") or usable[0]
     problems = () if chosen in usable else (f"MEGALITH_NATIVE_ISA is {chosen}, but usable here: {', '.join(usable)}",)
     lost = (
-        "plain C kernels: this processor lacks AVX2, batches run several times slower" if chosen == "portable" else ""
+        "plain C kernels: this processor lacks AVX2, and batches run slower" if chosen == "portable" else ""
     )
     return BuildStatus(name, library, built, chosen, lost, problems)
 

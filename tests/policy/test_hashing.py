@@ -68,7 +68,7 @@ def test_a_2000_token_prompt_costs_well_under_a_millisecond() -> None:
     tokens = list(range(2000))
     times = []
     for _ in range(15):
-        start = time.perf_counter()
+        start = time.thread_time()
         block_hashes(tokens, 16)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert statistics.median(times) < 2e-3

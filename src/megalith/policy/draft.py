@@ -121,8 +121,6 @@ class Draft:
             sequence = pending[index] if index < len(pending) else None
             head = queue.head() if admitting else None
             if head is not None and (sequence is None or head.rank < sequence.rank):
-                if not split and self.rows and self._to_compute(head) > self._left:
-                    return
                 # Nobody overtakes a head that cannot come in: it would starve.
                 admitting = self._admit(head)
                 if not admitting:
@@ -134,7 +132,7 @@ class Draft:
                 return
             remaining = sequence.known - sequence.computed
             if remaining > self._left and not split and self.rows:
-                return
+                return  # it goes first in the next step
             self._take(sequence, min(remaining, self._left) if split else remaining)
 
     def _admit(self, head: Sequence) -> bool:
@@ -170,8 +168,3 @@ class Draft:
             return False
         computing = self._expected.get(head.hashes[hits])
         return computing is not None and computing < head.rank
-
-    def _to_compute(self, head: Sequence) -> int:
-        """Tokens that a queued request would have to compute if it were admitted now."""
-        kv = self._roster.kv
-        return head.known - max(head.computed, kv.match_blocks(head.known, head.hashes) * kv.block_tokens)

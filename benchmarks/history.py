@@ -66,7 +66,7 @@ def _machine(name: str, rows: list[Row]) -> str:
     parts = [f"## {name}\n", gates.table(rows, limit)]
     cases = {row["case"]: row.get("about", "") for row in rows if row["kind"] == "case"}
     parts += [_case(case, about, rows) for case, about in cases.items()]
-    parts += [_http(rows), _quality(rows), _single_figures(rows), _limits(limit), _skipped(rows)]
+    parts += [_http(rows), _quality(rows), _single_figures(rows), _splitfuse(rows), _limits(limit), _skipped(rows)]
     return "\n".join(part for part in parts if part)
 
 
@@ -130,6 +130,21 @@ def _single_figures(rows: list[Row]) -> str:
         if row["kind"] == "figure"
     ]
     return f"### Start-up and reading\n\n{markdown(['what', 'median', 'range'], body)}" if body else ""
+
+
+def _splitfuse(rows: list[Row]) -> str:
+    body = [
+        [
+            policy, row["arm"], f"{row[f'{policy}_itl_ms_p95']:.1f}", f"{row[f'{policy}_itl_ms_max']:.1f}",
+            f"{row[f'{policy}_out_tok_s']:.1f}", "yes" if row["same_tokens"] else "no",
+        ]
+        for row in rows
+        if row["kind"] == "study" and row["case"] == "splitfuse"
+        for policy in ("splitfuse", "prefill-first")
+    ]  # fmt: skip
+    heads = ["policy", "mode", "ITL P95 ms", "ITL max ms", "output / wall time", "same tokens"]
+    about = "### SplitFuse on and off: short requests decode while long prompts arrive\n\n"
+    return about + markdown(heads, body) if body else ""
 
 
 def _limits(limit: Row) -> str:

@@ -54,10 +54,10 @@ class LlamaCpp:
             raise RuntimeError(f"llama-batched-bench gave no row: {run.stderr[-300:]}")
         row = rows[-1]
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        decode = {"decode_tok_s": row["speed_tg"], "out_tok_s": batch * made / row["t"]} if made > 1 else {}
         return {
             "prefill_tok_s": row["speed_pp"],
-            "decode_tok_s": row["speed_tg"],
-            "out_tok_s": batch * made / row["t"],
+            **decode,
             "wall_s": wall,
             "cpu_share": cpu / wall,
             "involuntary_switches": 0,

@@ -1,4 +1,4 @@
-"""Small random models in any format, a NumPy forward pass that does what the native backend says it does, and batches."""
+"""Small random models in any format, a NumPy forward pass with the roundings of the native backend, and batches."""
 
 from __future__ import annotations
 

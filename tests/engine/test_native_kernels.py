@@ -106,7 +106,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*EXACT, "F16"])
 def test_instruction_sets_agree(kind: str) -> None:
     """With FMA they do the same operations: bit for bit. Without, each sum is rounded twice: a tight tolerance."""
-    packed, values = matrix(kind, 48, 1024, 6)
+    packed, _values = matrix(kind, 48, 1024, 6)
     x = np.random.default_rng(7).standard_normal((13, 1024)).astype(np.float32)
     got = {isa: packed.multiply(x, isa) for isa in usable_isas()}
     fused = [y for isa, y in got.items() if isa != "portable"]
@@ -147,6 +147,6 @@ def test_a_build_in_a_fresh_folder_gives_a_library(tmp_path: Path, monkeypatch: 
 
 def test_a_compiler_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
-    with pytest.raises(build.BuildFailed, match="false .* failed"):
+    with pytest.raises(build.BuildFailed, match=r"false .* failed"):
         build.build(tmp_path, ("portable",))
     assert not list(tmp_path.glob("*.so"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -31,10 +29,10 @@ def table_of(first: int, blocks: int, step: int = 1) -> np.ndarray:
 
 
 @pytest.fixture(params=["best", "portable"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "best":
         monkeypatch.setenv("MEGALITH_NATIVE_ISA", request.param)
-    yield request.param
+    return request.param
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -106,7 +104,8 @@ def test_steps_sample_what_the_logits_say() -> None:
     np.testing.assert_array_equal(result.tokens_N, logits.argmax(1))
     peak = logits.max(1, keepdims=True)
     logprobs = logits - peak - np.log(np.exp(logits - peak).sum(1, keepdims=True))
-    assert result.logprobs_N is not None and result.top_ids_NK is not None
+    assert result.logprobs_N is not None
+    assert result.top_ids_NK is not None
     np.testing.assert_allclose(result.logprobs_N, logprobs.max(1), atol=1e-5)
     np.testing.assert_array_equal(result.top_ids_NK[:, :3], np.argsort(-logits, 1, kind="stable")[:, :3])
 
@@ -258,7 +257,8 @@ def test_memory_is_itemised_and_predicted() -> None:
 def test_what_has_no_kernel_is_said() -> None:
     spec = llama(head_dim=24, num_heads=4, num_kv_heads=4)
     reason = supports(spec, RandomCheckpoint(spec))  # type: ignore[arg-type]
-    assert reason is not None and "head_dim is 24" in reason
+    assert reason is not None
+    assert "head_dim is 24" in reason
     with pytest.raises(MachineError, match="head_dim is 24"):
         runner_of(spec)
     for change, words in (
@@ -268,7 +268,8 @@ def test_what_has_no_kernel_is_said() -> None:
     ):  # fmt: skip
         spec = llama(**change)
         reason = supports(spec, RandomCheckpoint(llama()))  # type: ignore[arg-type]
-        assert reason is not None and words in reason
+        assert reason is not None
+        assert words in reason
 
 
 def test_the_instruction_set_can_be_chosen_and_a_wrong_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,5 +288,6 @@ def test_the_phases_are_counted() -> None:
     runner = runner_of(spec)
     runner.step(batch_of([(tokens_of(spec, 20), 0)], [table_of(0, 2)]), sampling_of(1))
     phases = runner.phase_ns(reset=True)
-    assert set(phases) == set(binding.PHASES) and all(ns > 0 for ns in phases.values())
+    assert set(phases) == set(binding.PHASES)
+    assert all(ns > 0 for ns in phases.values())
     assert sum(runner.phase_ns().values()) == 0

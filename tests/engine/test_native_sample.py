@@ -107,9 +107,12 @@ def test_log_probabilities_equal_the_reference(seed: int, vocab: int, wanted: in
         bias_ids=np.array([vocab // 2], np.int32), bias_values=np.array([50], np.float32),
     )  # fmt: skip
     got, expected = binding.sample(binding.load(), logits, how), reference.sample(logits[None, :], how)
-    assert got.logprobs_N is not None and expected.logprobs_N is not None
-    assert got.top_ids_NK is not None and expected.top_ids_NK is not None
-    assert got.top_logprobs_NK is not None and expected.top_logprobs_NK is not None
+    assert got.logprobs_N is not None
+    assert expected.logprobs_N is not None
+    assert got.top_ids_NK is not None
+    assert expected.top_ids_NK is not None
+    assert got.top_logprobs_NK is not None
+    assert expected.top_logprobs_NK is not None
     np.testing.assert_array_equal(got.tokens_N, expected.tokens_N)
     np.testing.assert_allclose(got.logprobs_N, expected.logprobs_N, atol=1e-5)
     np.testing.assert_array_equal(got.top_ids_NK, expected.top_ids_NK)
@@ -121,7 +124,8 @@ def test_a_target_is_scored_and_not_drawn() -> None:
     how = sampling_of(1, targets_N=np.array([77], np.int32), num_logprobs_N=np.array([2], np.int32))
     got, expected = binding.sample(binding.load(), logits, how), reference.sample(logits[None, :], how)
     assert got.tokens_N[0] == 77
-    assert got.logprobs_N is not None and expected.logprobs_N is not None
+    assert got.logprobs_N is not None
+    assert expected.logprobs_N is not None
     np.testing.assert_allclose(got.logprobs_N, expected.logprobs_N, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megalith.base.errors import ConfigError
 from megalith.cost import memory
 from megalith.cost.long_context import long_context_row
-from megalith.cost.memory import MemoryRequest, itemise, kv_bytes_per_token, weight_bytes
+from megalith.cost.memory import MemoryRequest, Workspace, itemise, kv_bytes_per_token, weight_bytes
 from megalith.specs import catalog
 from megalith.specs.model import ModelSpec
 
@@ -81,7 +81,7 @@ def test_memory_only_grows(name: str, weight_format: str, blocks: int, rows: int
     weights = weight_bytes(spec, weight_format)
 
     def need(num_blocks: int, num_rows: int, num_outputs: int) -> int:
-        request = MemoryRequest("native", "bf16", 16, num_blocks, num_rows, num_outputs)
+        request = MemoryRequest("cuda", "bf16", 16, num_blocks, Workspace(num_rows, num_outputs))
         lines = itemise(spec, weights, request)
         assert all(line.num_bytes >= 0 and line.formula for line in lines)
         return sum(line.num_bytes for line in lines)

@@ -169,10 +169,48 @@ def row_values(spec: ModelSpec) -> int:
     return 3 * spec.hidden + attention + ffn
 
 
-def activation_bytes(spec: ModelSpec, kind: str, rows: int, outputs: int) -> int:
-    """Bytes of the working memory of a step of `rows` rows of which `outputs` give logits."""
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What sizes the working memory of a step."""
+
+    rows: int
+    """Rows of the largest step."""
+    outputs: int
+    """Rows that give logits."""
+    context: int = 0
+    """Longest sequence: attention scores of the native backend."""
+    threads: int = 1
+
+
+NATIVE_LOGIT_ROWS, NATIVE_TILE_QUERIES = 32, 24
+"""Rows of logits at once, and query vectors of one attention tile, of the native backend (engine/native/c/model.h)."""
+
+
+def activation_bytes(spec: ModelSpec, kind: str, work: Workspace) -> tuple[int, str]:
+    """(bytes, formula) of the working memory of a step."""
+    if kind == "native":
+        return _native_workspace(spec, work)
     residency = RESIDENCY[kind]
-    return rows * row_values(spec) * residency.row_value_bytes + outputs * spec.vocab * residency.logit_bytes
+    size = work.rows * row_values(spec) * residency.row_value_bytes + work.outputs * spec.vocab * residency.logit_bytes
+    return size, (
+        f"{work.rows} rows x {row_values(spec):,} values x {residency.row_value_bytes} B + "
+        f"{work.outputs} outputs x {spec.vocab:,} logits x {residency.logit_bytes} B"
+    )
+
+
+def _native_workspace(spec: ModelSpec, work: Workspace) -> tuple[int, str]:
+    """The workspace of the native backend: rows, logits of 32 rows, and for each thread scores and a sampler."""
+    heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    widest = max(spec.hidden, heads, spec.ffn)
+    wide = max(heads + 2 * kv, 2 * spec.ffn, spec.hidden)
+    row = 4 * (spec.hidden + wide + heads + 2 * spec.head_dim) + widest * 5 // 4 + 16
+    logits = NATIVE_LOGIT_ROWS * spec.vocab * 4
+    thread = 4 * (widest + NATIVE_TILE_QUERIES * max(16, work.context) + 3 * spec.vocab) + 64 * 1024
+    formula = (
+        f"{work.rows} rows x {row:,} B + {NATIVE_LOGIT_ROWS} rows x {spec.vocab:,} logits x 4 B + "
+        f"{work.threads} threads x {thread:,} B"
+    )
+    return work.rows * row + logits + work.threads * thread, formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +222,7 @@ class MemoryRequest:
     kv_format: str
     block_tokens: int
     num_blocks: int
-    rows: int
-    outputs: int
+    work: Workspace
     devices: int = 1
     """Tensor-parallel degree."""
     num_host_blocks: int = 0
@@ -214,7 +251,7 @@ def itemise(spec: ModelSpec, weights: WeightBytes, request: MemoryRequest) -> tu
     block = device_block_bytes(spec, request)
     weights_here = per_device_weights(weights, request.devices)
     kv_here = request.num_blocks * block
-    activations = activation_bytes(spec, request.kind, request.rows, request.outputs)
+    activations, how = activation_bytes(spec, request.kind, request.work)
     lines = [
         MemoryLine(item="weights", num_bytes=weights_here, formula=_weights_formula(weights) + cut),
         MemoryLine(
@@ -223,14 +260,12 @@ def itemise(spec: ModelSpec, weights: WeightBytes, request: MemoryRequest) -> tu
             f"{block // request.block_tokens:,} B ({request.kv_format})",
         ),
         MemoryLine(
-            item="activations", num_bytes=activations,
-            formula=f"{request.rows} rows x {row_values(spec):,} values x {residency.row_value_bytes} B + "
-            f"{request.outputs} outputs x {spec.vocab:,} logits x {residency.logit_bytes} B",
+            item="activations", num_bytes=activations, formula=how,
         ),
     ]  # fmt: skip
     if request.num_host_blocks:
         lines.append(
-            MemoryLine(item="host kv", num_bytes=request.num_host_blocks * block,
+            MemoryLine(item="host_kv", num_bytes=request.num_host_blocks * block,
                        formula=f"{request.num_host_blocks:,} blocks for swapped requests")
         )  # fmt: skip
     if request.devices > 1:

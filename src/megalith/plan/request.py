@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
-from megalith.cost.memory import MemoryRequest, WeightBytes, blocks_for, device_block_bytes, itemise
+from megalith.cost.memory import MemoryRequest, WeightBytes, Workspace, blocks_for, device_block_bytes, itemise
 from megalith.cost.profile import Profile
 from megalith.specs.model import ModelSpec
 from megalith.specs.plan import MemoryLine
@@ -45,8 +45,11 @@ class ServeRequest(Config, kw_only=True):
         """The memory question for a pool of `num_blocks` blocks."""
         return MemoryRequest(
             kind=self.profile.kind, kv_format=self.kv_format, block_tokens=self.block_tokens, num_blocks=num_blocks,
-            rows=self.rows, outputs=min(self.outputs or self.batch, self.rows), devices=self.devices,
-            num_host_blocks=self.num_host_blocks,
+            work=Workspace(
+                self.rows, min(self.outputs or self.batch, self.rows), self.context,
+                int(self.profile.versions.get("threads", "1")),
+            ),
+            devices=self.devices, num_host_blocks=self.num_host_blocks,
         )  # fmt: skip
 
     def wanted_blocks(self) -> int:

@@ -73,7 +73,7 @@ def resolve(name: str) -> PlannedModel:
     """The model called `name`. Raises ModelNotFound with the nearest names, or ModelFormatError for a broken file."""
     path = Path(name).expanduser()
     if path.exists():
-        return _from_path(path, name, str(path))
+        return _from_path(path, path.stem, path.name)
     local = _installed(name)
     if local is not None:
         return local

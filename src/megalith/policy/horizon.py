@@ -6,29 +6,25 @@ with the first token past that and with every block_tokens-th one after it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence as Rows
 
 from megalith.policy.sequence import Sequence
 
 
 def further_runs(rows: Rows[Sequence], block_tokens: int, free_blocks: int) -> int:
-    """How many further runs a planned step of decodes has.
+    """How many further runs a planned step of decodes has. O(rows log rows).
 
     It ends before the first of: a row has all its tokens, or the blocks that the rows would take exceed `free_blocks`.
-    The tables cover the first run already. O(rows), times the logarithm of the answer when blocks are the bound.
+    The tables cover the first run already, with less than a block to spare.
     """
-    limit = min((row.end - row.known for row in rows), default=1) - 1
-    if limit <= 0:
+    if not rows:
         return 0
-    slacks = [len(row.table.blocks) * block_tokens - row.computed - 1 for row in rows]
-
-    def blocks_taken(runs: int) -> int:
-        return sum([(runs - slack - 1) // block_tokens + 1 for slack in slacks if runs > slack])
-
-    if blocks_taken(limit) <= free_blocks:
-        return limit
-    return bisect_right(range(limit + 1), free_blocks, key=blocks_taken) - 1
+    until_end = min([row.end - row.known for row in rows]) - 1
+    # Row i takes a block with further run slacks[i] + 1 and then every block_tokens runs, so in a cycle of block_tokens
+    # runs each row takes one, always in this order. The first block that is not there belongs to rows[index].
+    slacks = sorted([len(row.table.blocks) * block_tokens - row.computed - 1 for row in rows])
+    cycles, index = divmod(free_blocks, len(rows))
+    return min(until_end, cycles * block_tokens + slacks[index])
 
 
 def crossings(rows: Rows[Sequence], block_tokens: int, ran: int, ahead: int) -> list[Sequence]:

@@ -188,7 +188,7 @@ def _turn(
     if answer is None:
         say("stopped")
     else:
-        cut = ", cut at its token limit" if answer.finish_reason == "length" else ""
+        cut = "; cut at --max-tokens" if answer.finish_reason == "length" else ""
         say(answer.summary(partner.predicted) + cut)
 
 

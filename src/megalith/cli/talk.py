@@ -57,7 +57,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         if predicted is not None:
             beside = f" (predicted {predicted.value:,.0f} [{predicted.low:,.0f}, {predicted.high:,.0f}])"
         return (
-            f"{self.prompt_tokens} prompt tokens{cached}, {self.completion_tokens} out, "
+            f"{self.prompt_tokens} tokens in{cached}, {self.completion_tokens} out, "
             f"first after {format_duration(self.ttft_ns)}, {self.rate:,.0f} tok/s{beside}"
         )
 

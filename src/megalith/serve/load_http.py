@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import ssl
 import time
 from dataclasses import dataclass
@@ -310,9 +311,10 @@ class HttpClient:
         except TimeoutError:
             raise EndpointError(f"{where.url} did not accept a connection in {_CONNECT_TIMEOUT_S:g} s.") from None
         except OSError as error:
-            reason = error.strerror or str(error)
+            # asyncio's own text repeats the address; a failed look-up has a negative number and a text of its own.
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
             hint = "Start one with `megalith serve smollm2`, or name another with --url."
-            raise EndpointError(f"Nothing answers at {where.url} ({reason}).", hint) from None
+            raise EndpointError(f"Nothing answers at {where.url} ({reason.lower()}).", hint) from None
         return connection
 
     def close(self) -> None:

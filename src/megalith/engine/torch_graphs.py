@@ -83,7 +83,7 @@ class StaticDecodes:
             return
         if bucket.graph is None:
             # Warm up on a side stream: capture must not see lazy initialisation (CUDA programming guide, graphs).
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_RUNS):

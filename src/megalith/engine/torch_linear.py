@@ -42,7 +42,7 @@ def packed_linear(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
     The head stays as it is: tied to the embedding, a packed copy would cost its memory twice.
     """
-    if name == "head.weight" or not torch.backends.mkldnn.is_available():
+    if name == "head.weight" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return plain_linear(name, weight, bias)
     try:
         return PackedLinear(weight, bias)

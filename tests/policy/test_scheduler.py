@@ -445,12 +445,35 @@ def test_nobody_waits_for_a_prefix_that_one_of_lower_priority_computes() -> None
     assert rows(run.step()) == [(2, 8, 8, False)]
 
 
+def test_it_waits_also_when_both_could_start_in_one_step() -> None:
+    run = make(budget=64)
+    for request_id in range(3):
+        run.add(request_id, prompt(0, 18), 4)
+    assert rows(run.step()) == [(0, 18, 0, True)]
+    assert rows(run.step()) == [(0, 1, 18, True), (1, 2, 16, True), (2, 2, 16, True)]
+
+
+def test_nobody_waits_for_a_last_block_that_it_must_compute_anyway() -> None:
+    run = make(budget=6)
+    run.add(1, prompt(0, 8), 4)
+    run.step()
+    run.add(2, prompt(0, 8), 4)
+    assert rows(run.step()) == [(1, 2, 6, True), (2, 4, 4, True)]
+
+
+def test_a_static_batch_does_not_wait_for_a_prefix() -> None:
+    run = make("first-come", budget=64)
+    for request_id in range(3):
+        run.add(request_id, prompt(0, 18), 4)
+    assert [row[0] for row in rows(run.step())] == [0, 1, 2]
+
+
 def test_without_prefix_cache_nobody_waits_for_a_prefix() -> None:
     kv = KvAccount(64, 4, prefix_cache=False)
-    scheduler = Scheduler(by_name("splitfuse", 8), kv, Limits(max_sequences=8))
-    hashes = block_hashes(prompt(0, 4), 4)
-    scheduler.add(Request(1, 0, 4, 4, 0, hashes))
-    scheduler.add(Request(2, 0, 4, 4, 0, hashes))
+    scheduler = Scheduler(by_name("splitfuse", 64), kv, Limits(max_sequences=8))
+    hashes = block_hashes(prompt(0, 9), 4)
+    scheduler.add(Request(1, 0, 9, 4, 0, hashes))
+    scheduler.add(Request(2, 0, 9, 4, 0, hashes))
     assert [chunk.request_id for chunk in scheduler.plan().chunks] == [1, 2]
 
 

@@ -95,7 +95,6 @@ class Roster:
             self.counters.prefix_queried_tokens += head.known
             self.counters.prefix_hit_tokens += head.cached
         insort(self.running, head, key=_rank)
-        self.seal_known(head)
         return Admitted(resume)
 
     def seal_known(self, sequence: Sequence) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megalith.base.errors import EngineError, MachineError
+from megalith.base.errors import EngineError, MachineError, StepFailed
 from megalith.engine.batch import StepBatch
 from megalith.engine.params import SamplingParams
 from megalith.engine.torch_graphs import StaticDecodes
-from megalith.engine.torch_runner import TorchRunner
+from megalith.engine.torch_runner import TorchRunner, _greedy
 from megalith.model.open import OpenModel
 from tests.engine.batches import Row, sampling_batch
 from tests.engine.running import Way, make_engine, run_prompts
@@ -153,6 +153,16 @@ def test_bf16_is_close_to_float32(
     assert bf16.block_bytes * 2 == runner.block_bytes
     exact_weights = runner.memory_bytes()["weights"]
     assert bf16.memory_bytes()["weights"] == pytest.approx(exact_weights / (1 if widen else 2), rel=0.01)
+
+
+def test_the_device_arg_max_takes_the_lowest_id_on_a_tie_and_refuses_nan() -> None:
+    logits = torch.zeros((3, 1000))
+    logits[1, 400:] = 2.0
+    logits[2, 999] = 1.0
+    assert _greedy(logits).tolist() == [0, 400, 999]
+    logits[0, 7] = torch.nan
+    with pytest.raises(StepFailed):
+        _greedy(logits)
 
 
 def test_a_step_may_have_no_output(runner: TorchRunner, prompts: list[list[int]]) -> None:

@@ -48,6 +48,8 @@ def test_version() -> None:
     [
         (["serv"], "Did you mean `megalith serve`?"),
         (["--verbose"], "`megalith` has no flag `--verbose`"),
+        (["models", "shwo", "x"], "Did you mean `megalith models show`?"),
+        (["doctor", "now"], "has no use for `now`"),
         (["models", "--jsn"], "Did you mean `--json`?"),
         (["bench", "serve", "--concurency", "3"], "Did you mean `--concurrency`?"),
         (["bench", "serve", "--rate", "fast"], 'unable to convert "fast" into float'),

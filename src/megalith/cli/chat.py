@@ -103,6 +103,7 @@ def chat(
         raise ConfigError("--json needs one message to answer.", "Give it with --message, or pipe it in.")
     partner = open_partner(model, where.url, where.api_key, where.engine())
     conversation = Conversation(system)
+    partner.load()
     with asyncio.Runner() as runner:
         try:
             runner.run(partner.start())

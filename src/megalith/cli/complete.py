@@ -120,6 +120,7 @@ def complete(
     text = _prompt(prompt, file)
     params = sampling.params(temperature=0.0, max_tokens=128)
     partner = open_partner(model, where.url, where.api_key, where.engine())
+    partner.load()
     answer = asyncio.run(_complete(partner, text, params, stream=not json))
     if json:
         print_json({"model": partner.name, "prompt": text, "answer": answer, **rates(answer, partner)})

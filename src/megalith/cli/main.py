@@ -144,11 +144,17 @@ def _check_verb(name: str) -> None:
 
 def _usage_error(error: CycloptsError, tokens: Sequence[str]) -> ConfigError:
     """A command line that Cyclopts refuses, in our words, with the nearest flag."""
-    from cyclopts import UnknownOptionError
+    from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
     error.verbose = False
     verb = " ".join(["megalith", *(error.command_chain or [t for t in tokens[:1] if t in VERBS])])
     help_line = f"`{verb} --help` lists the flags."
+    if isinstance(error, UnusedCliTokensError | UnknownCommandError) and error.unused_tokens:
+        word = error.unused_tokens[0]
+        known = [name for name in error.app or () if not name.startswith("-")]
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+        hint = f"Did you mean `{verb} {near[0]}`? {help_line}" if near else help_line
+        return ConfigError(f"`{verb}` has no use for `{word}`.", hint)
     if not isinstance(error, UnknownOptionError):
         return ConfigError(" ".join(str(error).split()), help_line)
     flag = (error.token.keyword or error.token.value).partition("=")[0]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 OnText = Callable[[str], None]
 
-_START_DEADLINE_S = 600.0
 _ANSWER_DEADLINE_S = 3600.0
 
 
@@ -74,8 +73,12 @@ class Partner(Protocol):
     predicted: Estimate | None
     """Tokens a second that the plan promises one conversation; None where there is no plan."""
 
+    def load(self) -> None:
+        """The slow part of getting ready. Not a coroutine, so that Ctrl-C ends it at once."""
+        ...
+
     async def start(self) -> None:
-        """Make it ready; takes as long as loading a model does."""
+        """Make it ready; after `load`."""
         ...
 
     async def chat(self, messages: list[Message], params: SamplingParams, on_text: OnText) -> Answer:
@@ -100,8 +103,8 @@ class LocalPartner:
         self._config = config
         self._built: BuiltEngine | None = None
 
-    async def start(self) -> None:
-        """Print the plan, load the model and start its step loop."""
+    def load(self) -> None:
+        """Print the plan and load the model."""
         from megalith.engine.launch import build_engine
 
         route_logging()
@@ -109,8 +112,11 @@ class LocalPartner:
         with working(f"loading {self.name}") as update:
             self._built = build_engine(self._config, update, _say_plan)
         self.predicted = self._built.fit.plan.points[0].tokens_per_s
-        await self._built.engine.start()
-        say(f"ready in {format_duration(time.monotonic_ns() - begin_ns)} ({self._built.fit.kind})")
+        say(f"loaded in {format_duration(time.monotonic_ns() - begin_ns)} ({self._built.fit.kind})")
+
+    async def start(self) -> None:
+        """Start the step loop."""
+        await self._open().engine.start()
 
     async def chat(self, messages: list[Message], params: SamplingParams, on_text: OnText) -> Answer:
         """Render the model's chat template and run it."""
@@ -174,6 +180,9 @@ class EndpointPartner:
         self._client = HttpClient(self._endpoint)
         self.name = model or ""
         self.predicted: Estimate | None = None
+
+    def load(self) -> None:
+        """Nothing: the model is loaded where it is served."""
 
     async def start(self) -> None:
         """Ask which model is served, when none was named."""

@@ -225,6 +225,16 @@ def test_an_arrival_ends_validity_and_an_abort_too() -> None:
     assert 0 not in [chunk.request_id for chunk in scheduler.plan().chunks]
 
 
+def test_a_leap_after_an_abort_takes_no_block_for_who_is_gone() -> None:
+    scheduler = decoding([4, 4], 64)
+    plan = scheduler.plan()
+    scheduler.abort(0)
+    scheduler.complete(plan, steps=30)
+    scheduler.check_integrity()
+    assert scheduler.progress(1).computed == 34
+    assert scheduler.kv.used_blocks == 9
+
+
 def test_a_sealed_block_keeps_the_plan_valid() -> None:
     kv = KvAccount(64, BLOCK_TOKENS)
     scheduler = Scheduler(by_name("splitfuse", 64), kv, Limits(max_sequences=8))

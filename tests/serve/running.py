@@ -34,7 +34,8 @@ class Running:
 
     def async_client(self, **kw: Any) -> httpx2.AsyncClient:
         kw.setdefault("limits", httpx2.Limits(max_connections=None, max_keepalive_connections=100))
-        return httpx2.AsyncClient(base_url=self.url, timeout=60, trust_env=False, **kw)
+        kw.setdefault("timeout", 60)
+        return httpx2.AsyncClient(base_url=self.url, trust_env=False, **kw)
 
     def call(self, work: Callable[[], Any]) -> None:
         self.loop.call_soon_threadsafe(work)

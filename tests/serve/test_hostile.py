@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -17,22 +18,42 @@ from .scripted import ScriptedEngine, byte_model
 SECOND = 10**9
 
 
+def crowd_engine() -> ScriptedEngine:
+    return ScriptedEngine(max_running=64, max_waiting=1024)
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    limits = {
-        "header_timeout_ns": SECOND // 2, "body_timeout_ns": SECOND // 2, "write_timeout_ns": SECOND // 2,
-        "keep_alive_timeout_ns": SECOND, "max_body_bytes": 100_000,
-    }  # fmt: skip
-    with serve(lambda: ScriptedEngine(max_running=64, max_waiting=1024), byte_model(), **limits) as running:
+def short_server() -> Iterator[Running]:
+    """Short deadlines, for the tests that wait for one."""
+    limits = {"header_timeout_ns": SECOND, "body_timeout_ns": SECOND, "write_timeout_ns": SECOND,
+              "keep_alive_timeout_ns": SECOND}  # fmt: skip
+    with serve(crowd_engine, byte_model(), **limits) as running:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def still_works(server: Running) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def long_server() -> Iterator[Running]:
+    """The deadlines of every day, so that a busy machine does not cut what should live."""
+    with serve(crowd_engine, byte_model(), max_body_bytes=100_000) as running:
+        yield running
+
+
+@pytest.fixture
+def hasty(short_server: Running) -> Iterator[Running]:
+    yield short_server
+    check_still_works(short_server)
+
+
+@pytest.fixture
+def server(long_server: Running) -> Iterator[Running]:
+    yield long_server
+    check_still_works(long_server)
+
+
+def check_still_works(server: Running) -> None:
     """After every attack: an ordinary request is answered, and no block is held."""
-    yield
     server.engine.pause_s, server.engine.text_factor = 0.0, 1
-    server.wait_idle()
+    server.wait_idle(20)
     with server.client() as client:
         answer = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
         assert answer.json()["choices"][0]["text"] == "cba"
@@ -79,7 +100,7 @@ def talk(server: Running, data: bytes) -> bytes:
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nabcde",
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n",
-        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: " + b"a" * 100_000 + b"\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
     ids=range(9),
@@ -138,45 +159,45 @@ def test_huge_bodies_are_refused_whatever_they_announce(server: Running) -> None
         assert sent < 20_000_000
 
 
-def test_slow_loris_headers_and_bodies_get_408(server: Running) -> None:
+def test_slow_loris_headers_and_bodies_get_408(hasty: Running) -> None:
     for begin in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx: ",
                   request_bytes(b"").replace(b"content-length: 0", b"content-length: 1000")):  # fmt: skip
-        with dial(server) as sock:
+        with dial(hasty) as sock:
             sock.sendall(begin)
             start = time.monotonic()
             answer = b""
             sock.settimeout(0.1)
-            while not answer and time.monotonic() - start < 5:
+            while not answer and time.monotonic() - start < 8:
                 try:
                     sock.send(b"x" if begin else b"")
                     answer = sock.recv(4096)
                 except TimeoutError:
                     continue
             assert answer.startswith(b"HTTP/1.1 408"), answer
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 5
 
 
-def test_drip_after_an_early_refusal_is_cut(server: Running) -> None:
+def test_drip_after_an_early_refusal_is_cut(hasty: Running) -> None:
     """The answer (404) is out, the announced body never ends: the connection must not live on."""
-    with dial(server) as sock:
+    with dial(hasty) as sock:
         sock.sendall(request_bytes(b"", path="/nowhere").replace(b"content-length: 0", b"content-length: 100000"))
         assert sock.recv(4096).startswith(b"HTTP/1.1 404")
         start = time.monotonic()
         try:
-            while time.monotonic() - start < 5:
+            while time.monotonic() - start < 8:
                 sock.send(b"x")
                 time.sleep(0.05)
         except OSError:
             pass
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 5
 
 
-def test_idle_connections_are_closed(server: Running) -> None:
-    with dial(server) as sock:
+def test_idle_connections_are_closed(hasty: Running) -> None:
+    with dial(hasty) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         start = time.monotonic()
         assert read_all(sock).startswith(b"HTTP/1.1 200")
-        assert 0.5 < time.monotonic() - start < 4
+        assert 0.5 < time.monotonic() - start < 8
 
 
 def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
@@ -199,32 +220,32 @@ def test_garbage_behind_a_request_waits_and_gets_a_400(server: Running) -> None:
     assert b"HTTP/1.1 400" in second
 
 
-def test_reader_that_stalls_is_cut_and_frees_its_blocks(server: Running) -> None:
-    server.engine.pause_s, server.engine.text_factor = 0.001, 200_000
+def test_reader_that_stalls_is_cut_and_frees_its_blocks(hasty: Running) -> None:
+    hasty.engine.pause_s, hasty.engine.text_factor = 0.001, 200_000
     body = json.dumps({"prompt": "ab", "max_tokens": 400, "stream": True}).encode()
-    socks = [dial(server, receive_buffer=4096) for _ in range(5)]
+    socks = [dial(hasty, receive_buffer=4096) for _ in range(5)]
     try:
         for sock in socks:
             sock.sendall(request_bytes(body))
         deadline = time.monotonic() + 5
-        while server.engine.stats().running < 5:
+        while hasty.engine.stats().running < 5:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        server.wait_idle(6)
+        hasty.wait_idle(20)
     finally:
         for sock in socks:
             sock.close()
 
 
-def test_reader_of_a_finished_answer_that_stalls_is_cut(server: Running) -> None:
-    server.engine.text_factor = 100_000
+def test_reader_of_a_finished_answer_that_stalls_is_cut(hasty: Running) -> None:
+    hasty.engine.text_factor = 100_000
     body = json.dumps({"prompt": "ab", "max_tokens": 100}).encode()
-    with dial(server, receive_buffer=4096) as sock:
+    with dial(hasty, receive_buffer=4096) as sock:
         sock.sendall(request_bytes(body, connection="close"))
         time.sleep(0.3)
-        server.wait_idle(3)
-        connections = server.runner._server.server_state.connections
-        deadline = time.monotonic() + 6
+        hasty.wait_idle(20)
+        connections = hasty.runner._server.server_state.connections
+        deadline = time.monotonic() + 20
         while connections:
             assert time.monotonic() < deadline, "the connection is still held"
             time.sleep(0.05)
@@ -247,6 +268,8 @@ def test_500_connections_vanish_in_mid_stream(server: Running) -> None:
             writer.transport.abort()
         else:
             writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     async def everyone() -> None:
         gate = asyncio.Semaphore(100)
@@ -260,11 +283,11 @@ def test_500_connections_vanish_in_mid_stream(server: Running) -> None:
     before = server.engine.stats().kv_blocks_used
     assert before == 0
     asyncio.run(everyone())
-    server.wait_idle(10)
+    server.wait_idle(30)
 
 
 def test_clients_that_leave_while_waiting_for_a_whole_answer(server: Running) -> None:
-    server.engine.pause_s = 0.01
+    server.engine.pause_s = 0.1
     socks = [dial(server) for _ in range(20)]
     for sock in socks:
         sock.sendall(request_bytes(b'{"prompt": "ab", "max_tokens": 500}'))
@@ -272,7 +295,7 @@ def test_clients_that_leave_while_waiting_for_a_whole_answer(server: Running) ->
         time.sleep(0.01)
     for sock in socks:
         sock.close()
-    server.wait_idle(2)
+    server.wait_idle(20)
 
 
 def test_too_many_connections_get_503() -> None:

@@ -4,10 +4,10 @@ is left behind."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
 from typing import Any
 
 import httpx2
@@ -55,7 +55,7 @@ def test_http_says_what_the_engine_says(
         for prompt in PROMPTS:
             ids = tiny_model.tokenizer.encode(prompt)
             stream = engine.generate(ids, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
-            async with aclosing(stream) as deltas:  # type: ignore[type-var]
+            async with contextlib.aclosing(stream) as deltas:  # type: ignore[type-var]
                 texts.append("".join([delta.text async for delta in deltas]))
         await engine.stop()
         return texts
@@ -154,6 +154,8 @@ def test_vanishing_clients_leave_no_block(server: Running) -> None:
         if number % 3:
             await reader.read(100)
         writer.transport.abort() if number % 2 else writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     async def everyone() -> None:
         gate = asyncio.Semaphore(50)

@@ -88,7 +88,7 @@ async def wrong(client: httpx2.AsyncClient, path: str, dice: random.Random) -> s
 async def drive(server: Running) -> Counter[str]:
     dice = random.Random(2)
     gate = asyncio.Semaphore(AT_ONCE)
-    async with server.async_client() as client:
+    async with server.async_client(timeout=300) as client:
 
         async def one() -> str:
             body = body_of(dice)
@@ -120,7 +120,8 @@ def test_soak(make_engine: Callable[..., LocalEngine], tiny_model: OpenModel) ->
             metrics = client.get("/metrics").text
             assert client.get("/health").json()["kv_blocks_used"] == 0
     took = time.monotonic() - begin
-    print(f"soak: {dict(outcome)} in {took:.1f} s, {stats.generated_tokens} tokens, {stats.preemptions} preemptions")
+    print(f"soak: {dict(outcome)} in {took:.1f} s, {stats.generated_tokens} tokens, {stats.preemptions} preemptions, "
+          f"{stats.steps} steps, {stats.step_ns / 1e9:.1f} s in the runner, {stats.python_ns / 1e9:.1f} s around it")
     assert sum(outcome.values()) == REQUESTS
     assert outcome["answered"] > 500
     assert outcome["streamed"] > 500

@@ -340,6 +340,22 @@ def test_swap_copies_out_and_back_and_computes_nothing_again() -> None:
     assert run.scheduler.kv.free_host_blocks == 6
 
 
+def test_hashes_survive_a_swap() -> None:
+    """The caller is not asked again for hashes that it gave before."""
+    run = crowd(make(blocks=6, preempt="swap", host=6))
+    until_preempt(run)
+    for _ in range(60):
+        plan = run.scheduler.plan()
+        if plan.resumes:
+            break
+        run.run(plan)
+    assert plan.resumes
+    assert len(run.scheduler.unsealed(2)) == 0
+    run.run(plan)
+    run.drain()
+    assert run.outputs[2] == reference_output(prompt(50, 8), 9)
+
+
 def test_swap_falls_back_to_recompute_when_host_blocks_are_short() -> None:
     run = crowd(make(blocks=6, preempt="swap", host=1))
     assert [p.mode for p in until_preempt(run).preempts] == ["recompute"]

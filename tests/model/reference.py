@@ -108,9 +108,9 @@ def _value(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 @torch.inference_mode()
-def reference_logits(model: Any, ids: list[int]) -> Tensor:
-    """Float32 logits [len(ids), V] of one sequence."""
-    logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+def reference_logits(model: Any, ids: list[int], last: int = 0) -> Tensor:
+    """Float32 logits [len(ids), V] of one sequence, or of its `last` positions only."""
+    logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=last).logits[0]
     return logits.float()
 
 
@@ -121,7 +121,7 @@ def check_greedy(model: Any, prompt: list[int], produced: list[int]) -> float:
     One forward over prompt + output gives the reference's choice after every prefix; if each is the next token, then
     its own greedy decoding is that sequence, by induction. Returns the least lead of a choice over the runner-up.
     """
-    logits = reference_logits(model, prompt + produced[:-1])[len(prompt) - 1 :]
+    logits = reference_logits(model, prompt + produced[:-1], last=len(produced))
     top = logits.topk(2, dim=-1)
     chosen = top.indices[:, 0].tolist()
     assert chosen == produced, _first_difference(chosen, produced, logits)

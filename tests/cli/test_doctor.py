@@ -17,7 +17,7 @@ from .command import ROOT, megalith
 
 
 def findings(**env: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    result = megalith("doctor", "--json", **env)
+    result = megalith("doctor", "--json", timeout=280, **env)
     assert result.stderr == ""
     return result.returncode, {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
 
@@ -33,7 +33,7 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_for_a_person() -> None:
-    result = megalith("doctor")
+    result = megalith("doctor", timeout=280)
     lines = result.stdout.splitlines()
     assert lines[0].startswith("ok   python")
     assert lines[-1].endswith("bad")

@@ -98,6 +98,7 @@ def test_a_reader_who_leaves_is_no_error() -> None:
 
 
 def _modules_after(*arguments: str) -> set[str]:
+    """What a verb has imported at its end. The deadline is for `doctor`, which may have a library to compile."""
     script = (
         "import sys, io, contextlib\n"
         "from megalith.cli.main import run\n"
@@ -106,7 +107,7 @@ def _modules_after(*arguments: str) -> set[str]:
         "print(*sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env=environment()
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=280, env=environment()
     )
     return set(done.stdout.split())
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from cyclopts import App
 
-from megalith.cli.output import JsonFlag, print_json, result_console
+from megalith.cli.output import JsonFlag, print_json, result_console, working
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
@@ -33,7 +33,8 @@ def doctor(*, json: JsonFlag = False) -> int:
         checks.python, checks.processor, checks.memory, checks.disk, checks.compiler, checks.native, checks.torch,
         checks.dependencies, checks.models, checks.profile, checks.network,
     )  # fmt: skip
-    findings = [finding for group in groups for finding in group()]
+    with working("looking"):
+        findings = [finding for group in groups for finding in group()]
     counts = Counter[str](finding.state for finding in findings)
     if json:
         print_json({"findings": findings, "counts": {state: counts[state] for state in _STYLES}, "nature": "measured"})

@@ -24,7 +24,7 @@ def tiny_model(tiny_path: Path) -> OpenModel:
 
 @pytest.fixture(scope="session")
 def make_engine(tiny_path: Path) -> Callable[..., LocalEngine]:
-    """Builds real engines over the tiny model: the exact torch path, small KV."""
+    """Builds real engines over the tiny model, with little KV; the exact torch path unless `mode` says otherwise."""
 
     def make(**changes: object) -> LocalEngine:
         settings = {

@@ -111,16 +111,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         _BUDGET.get().tick()
-        name = getattr(function, "__name__", "")
-        if isinstance(getattr(function, "__self__", None), str):
+        # The sandbox hands out str.format wrapped in a function of its own.
+        method = getattr(function, "__wrapped__", function)
+        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(text, str):
             if name in _PADDERS and any(isinstance(a, int) and a > _MAX_WIDTH for a in (*args, *kwargs.values())):
                 raise Exhausted(f"it padded text to more than {_MAX_WIDTH} characters")
             if name in ("format", "format_map"):
-                _check_format(function.__self__)
+                _check_format(text)
             if name == "replace":
-                return _replace(function.__self__, *args, **kwargs)
+                return _replace(text, *args, **kwargs)
             if name == "join" and len(args) == 1:
-                return _join(args[0], function.__self__)
+                return _join(args[0], text)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

@@ -281,16 +281,16 @@ def profile() -> Iterable[Finding]:
     yield Finding("profile", "ok", f"measured {facts.date}{', calibrated by bench' if calibrated else ''}")
 
 
-def network() -> Iterable[Finding]:
-    """The default port, and how many connections a process may hold."""
+def network(port: int = _PORT) -> Iterable[Finding]:
+    """The port that `serve` takes by default, and how many connections a process may hold."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", _PORT))
-            yield Finding("port", "ok", f"{_PORT} is free")
+            probe.bind(("127.0.0.1", port))
+            yield Finding("port", "ok", f"{port} is free")
         except OSError:
-            remedy = f"Serve on another: megalith serve smollm2 --port {_PORT + 1}."
-            yield Finding("port", "warn", f"{_PORT} is taken by another program", remedy)
+            remedy = f"Serve on another: megalith serve smollm2 --port {port + 1}."
+            yield Finding("port", "warn", f"{port} is taken by another program", remedy)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _MIN_FILES:
         remedy = f"ulimit -n {min(hard, 65_536)} before serving to many."

@@ -144,9 +144,7 @@ def status() -> BuildStatus:
     built, usable = _isas(library)
     chosen = os.environ.get("MEGALITH_NATIVE_ISA") or usable[0]
     problems = () if chosen in usable else (f"MEGALITH_NATIVE_ISA is {chosen}, but usable here: {', '.join(usable)}",)
-    lost = (
-        "plain C kernels: this processor lacks AVX2, and batches run slower" if chosen == "portable" else ""
-    )
+    lost = "plain C kernels: this processor lacks AVX2, and batches run slower" if chosen == "portable" else ""
     return BuildStatus(name, library, built, chosen, lost, problems)
 
 

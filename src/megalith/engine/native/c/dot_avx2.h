@@ -2,17 +2,16 @@
  *
  * vpmaddubsw adds pairs of products in saturating int16. A 4-bit weight makes a pair at most 2 * 15 * 127 = 3810, so
  * the eight quads of a group of 32 add up to at most 30480 < 32767: no saturation is possible, and widening to int32 is
- * needed once a group. An 8-bit weight is kept as two nibbles, each with such a sum, put together as lo + 16 * hi.
+ * needed once a group. An 8-bit weight is split into two nibbles, each with such a sum, put together as lo + 16 * hi.
  */
 #ifndef MEGALITH_DOT_AVX2_H
 #define MEGALITH_DOT_AVX2_H
 
 #include "simd.h"
 
-#define TILE_ROWS_4 6
+#define TILE_ROWS_4 4
 #define TILE_ROWS_8 3
-#define QUAD_BYTES_4 64
-#define QUAD_BYTES_8 128 /* 64 low nibbles, then 64 high nibbles */
+#define ROOM_BYTES 64
 
 typedef struct { __m256i p[2]; } dot4;
 typedef struct { __m256i lo[2], hi[2]; } dot8;
@@ -27,19 +26,6 @@ INLINE quad_in load_input(const int8_t *from) {
     int32_t four;
     memcpy(&four, from, 4);
     return _mm256_set1_epi32(four);
-}
-INLINE quad4 load_quad4(const uint8_t *from) {
-    quad4 w;
-    UNROLL for (int i = 0; i < 2; i++) w.p[i] = _mm256_load_si256((const __m256i *)from + i);
-    return w;
-}
-INLINE quad8 load_quad8(const uint8_t *from) {
-    quad8 w;
-    UNROLL for (int i = 0; i < 2; i++) {
-        w.lo[i] = _mm256_load_si256((const __m256i *)from + i);
-        w.hi[i] = _mm256_load_si256((const __m256i *)from + 2 + i);
-    }
-    return w;
 }
 INLINE dot4 dot4_first(quad4 w, quad_in a) {
     dot4 r;
@@ -90,16 +76,20 @@ INLINE vi dot8_sum(dot8 x) {
     return r;
 }
 
-/* 64 packed bytes (quad i in the low nibbles, quad i + 4 in the high ones) to two quads of the working panel. */
-INLINE void unpack_quads4(const uint8_t *from, uint8_t *low, uint8_t *high) {
+/* 64 packed bytes: quad i in the low nibbles, quad i + 4 in the high ones. `room` is for code that needs memory. */
+INLINE void split_quads4(const uint8_t *from, uint8_t *room, quad4 *low, quad4 *high) {
     const __m256i mask = _mm256_set1_epi8(15);
+    (void)room;
     UNROLL for (int i = 0; i < 2; i++) {
-        __m256i x = _mm256_loadu_si256((const __m256i *)from + i);
-        _mm256_store_si256((__m256i *)low + i, _mm256_and_si256(x, mask));
-        _mm256_store_si256((__m256i *)high + i, _mm256_and_si256(_mm256_srli_epi16(x, 4), mask));
+        __m256i x = _mm256_load_si256((const __m256i *)from + i);
+        low->p[i] = _mm256_and_si256(x, mask);
+        high->p[i] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
     }
 }
-/* 64 packed bytes to one quad of the working panel, as two nibbles. */
-INLINE void unpack_quad8(const uint8_t *from, uint8_t *to) { unpack_quads4(from, to, to + 64); }
+INLINE quad8 split_quad8(const uint8_t *from, uint8_t *room) {
+    quad4 low, high;
+    split_quads4(from, room, &low, &high);
+    return (quad8){{low.p[0], low.p[1]}, {high.p[0], high.p[1]}};
+}
 
 #endif

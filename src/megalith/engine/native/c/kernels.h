@@ -13,7 +13,6 @@
 #define KERNEL_EXPAND(name, isa) KERNEL_JOIN(name, isa)
 #define KERNEL(name) KERNEL_EXPAND(name, MEGALITH_ISA)
 
-#define KERNEL_SCRATCH_BYTES (64 * 1024)
 #define CHUNK_TOKENS 16 /* tokens whose K (or V) of one head lie together */
 #define TILE_QUERIES 24 /* most query vectors of one attention tile */
 
@@ -51,7 +50,7 @@ struct sample_row {
 struct kernels {
     const char *name;
     /* Panels [first, last) of a product. */
-    void (*multiply)(const struct product *job, int first, int last, void *scratch);
+    void (*multiply)(const struct product *job, int first, int last);
     /* Row i of x to row i of the activations: 8 bits with one scale for each group of 32. */
     void (*quantize)(const float *x, int row, const struct activations *to);
     /* out = x / rms(x) * weight; n is a multiple of 16. In place when out == x. */

@@ -86,7 +86,6 @@ int workspace_create(native_model *model) {
         {(void **)&w->logits, LOGIT_ROWS * vocab * 4},
         {(void **)&w->scores, threads * TILE_QUERIES * positions * 4},
         {(void **)&w->sample, threads * SAMPLE_WORK_FLOATS(c->vocab) * 4},
-        {(void **)&w->scratch, threads * KERNEL_SCRATCH_BYTES},
         {(void **)&w->a.a, rows * w->widest},
         {(void **)&w->a.scale, rows * (w->widest / GROUP) * 4},
         {(void **)&w->a.sum, rows * (w->widest / GROUP) * 4},

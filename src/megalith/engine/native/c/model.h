@@ -22,7 +22,6 @@ struct workspace {
     float *logits;        /* [LOGIT_ROWS, padded vocabulary] */
     float *scores;        /* [threads, TILE_QUERIES, max positions] */
     float *sample;        /* [threads, SAMPLE_WORK_FLOATS] */
-    uint8_t *scratch;     /* [threads, KERNEL_SCRATCH_BYTES] */
     struct activations a; /* room for the widest input of a matrix */
     struct tile_rows *tiles; /* [M] */
     size_t wide, score_stride, logit_stride, widest;

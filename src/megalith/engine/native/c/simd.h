@@ -92,12 +92,36 @@ INLINE vi vf_less(vf x, vf y) { vi r; EACH_PART r.p[part] = x.p[part] < y.p[part
 /* All ones where x < y, for int32. */
 INLINE vi vi_less(vi x, vi y) { vi r; EACH_PART r.p[part] = x.p[part] < y.p[part]; return r; }
 INLINE vf vf_select(vi mask, vf yes, vf no) {
-    vf r;
-    EACH_PART r.p[part] = (fpart)((mask.p[part] & (ipart)yes.p[part]) | (~mask.p[part] & (ipart)no.p[part]));
-    return r;
+#if VECTOR_BYTES == 32
+    EACH_PART no.p[part] = (fpart)_mm256_blendv_ps((__m256)no.p[part], (__m256)yes.p[part], (__m256)mask.p[part]);
+#else
+    EACH_PART no.p[part] = (fpart)((mask.p[part] & (ipart)yes.p[part]) | (~mask.p[part] & (ipart)no.p[part]));
+#endif
+    return no;
 }
-/* A NaN in x gives y, as with x86's max; both sides are the same on every instruction set. */
-INLINE vf vf_max(vf x, vf y) { return vf_select(vf_less(y, x), x, y); }
+/* Where either side is NaN both give y, as x86's instructions do. */
+INLINE vf vf_max(vf x, vf y) {
+#if VECTOR_BYTES == 64
+    y.p[0] = (fpart)_mm512_max_ps((__m512)x.p[0], (__m512)y.p[0]);
+    return y;
+#elif VECTOR_BYTES == 32
+    EACH_PART y.p[part] = (fpart)_mm256_max_ps((__m256)x.p[part], (__m256)y.p[part]);
+    return y;
+#else
+    return vf_select(vf_less(y, x), x, y);
+#endif
+}
+INLINE vf vf_min(vf x, vf y) {
+#if VECTOR_BYTES == 64
+    y.p[0] = (fpart)_mm512_min_ps((__m512)x.p[0], (__m512)y.p[0]);
+    return y;
+#elif VECTOR_BYTES == 32
+    EACH_PART y.p[part] = (fpart)_mm256_min_ps((__m256)x.p[part], (__m256)y.p[part]);
+    return y;
+#else
+    return vf_select(vf_less(x, y), x, y);
+#endif
+}
 INLINE vf vf_abs(vf x) {
     vf r;
     EACH_PART r.p[part] = (fpart)((ipart)x.p[part] & 0x7fffffff);
@@ -134,15 +158,14 @@ INLINE vi vf_round(vf x) {
     return r;
 }
 
-/* exp(x), relative error below 2e-7 for x in [-87, 88]; below -87 it gives exp(-87), above 88 exp(88). Cephes' degree-5
- * polynomial after reduction by multiples of ln 2 in two parts. */
+/* exp(x), relative error below 2e-7 for x in [-87, 88]; below it gives exp(-87), above it exp(88). Cephes' degree-5
+ * polynomial after taking away a multiple of ln 2 in two parts; the power of two is added to the exponent's bits. */
 INLINE vf vf_exp(vf x) {
-    x = vf_max(x, vf_set(-87.0f));
-    x = vf_select(vf_less(x, vf_set(88.0f)), x, vf_set(88.0f));
-    vi n = vf_round(vf_scale(x, 1.44269504f));
-    vf n_float = vf_from_int(n);
-    vf r = vf_fma(n_float, vf_set(-0.693359375f), x);
-    r = vf_fma(n_float, vf_set(2.12194440e-4f), r);
+    x = vf_min(vf_max(x, vf_set(-87.0f)), vf_set(88.0f));
+    vf shifted = vf_fma(x, vf_set(1.44269504f), vf_set(ROUND_MAGIC)); /* its low mantissa bits are the integer n */
+    vf n = vf_sub(shifted, vf_set(ROUND_MAGIC));
+    vf r = vf_fma(n, vf_set(-0.693359375f), x);
+    r = vf_fma(n, vf_set(2.12194440e-4f), r);
     vf p = vf_set(1.9875691500e-4f);
     p = vf_fma(p, r, vf_set(1.3981999507e-3f));
     p = vf_fma(p, r, vf_set(8.3334519073e-3f));
@@ -150,9 +173,8 @@ INLINE vf vf_exp(vf x) {
     p = vf_fma(p, r, vf_set(1.6666665459e-1f));
     p = vf_fma(p, r, vf_set(5.0000001201e-1f));
     p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.0f)));
-    vi power;
-    EACH_PART power.p[part] = (n.p[part] + 127) << 23;
-    return vf_mul(p, vf_from_bits(power));
+    EACH_PART p.p[part] = (fpart)((ipart)p.p[part] + ((ipart)shifted.p[part] << 23));
+    return p;
 }
 
 /* Sixteen IEEE half floats, exactly. */

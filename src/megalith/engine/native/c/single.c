@@ -53,19 +53,17 @@ int32_t native_matrix_multiply(const native_matrix *matrix, const char *isa, con
     size_t inputs = (size_t)matrix->w.inputs, groups = (size_t)matrix->w.groups;
     int8_t *a = malloc((size_t)rows * inputs);
     float *scale = malloc((size_t)rows * groups * 4), *sum = malloc((size_t)rows * groups * 4);
-    void *scratch = aligned_alloc(64, KERNEL_SCRATCH_BYTES);
     int32_t code = NATIVE_NO_MEMORY;
-    if (a != NULL && scale != NULL && sum != NULL && scratch != NULL) {
+    if (a != NULL && scale != NULL && sum != NULL) {
         struct activations to = {a, scale, sum, rows, matrix->w.inputs, matrix->w.groups};
         struct product job = {&matrix->w, &to, y, (ptrdiff_t)matrix->w.panels * PANEL, 0};
         for (int row = 0; row < rows; row++) kernels->quantize(x + (size_t)row * inputs, row, &to);
-        kernels->multiply(&job, 0, matrix->w.panels, scratch);
+        kernels->multiply(&job, 0, matrix->w.panels);
         code = NATIVE_OK;
     }
     free(a);
     free(scale);
     free(sum);
-    free(scratch);
     return code;
 }
 

@@ -186,11 +186,11 @@ struct product_job {
 static void run_product_item(void *argument, int item, int worker) {
     struct product_job *job = argument;
     int first = item * job->per_item, last = first + job->per_item;
-    void *scratch = job->s->model->work.scratch + (size_t)worker * KERNEL_SCRATCH_BYTES;
+    (void)worker;
     for (int i = 0, base = 0; i < job->count; base += job->products[i++].w->panels) {
         int low = first > base ? first - base : 0, high = last - base, panels = job->products[i].w->panels;
         if (high > panels) high = panels;
-        if (low < high) job->s->model->kernels->multiply(&job->products[i], low, high, scratch);
+        if (low < high) job->s->model->kernels->multiply(&job->products[i], low, high);
     }
 }
 

@@ -1,7 +1,7 @@
 /* The kernels of one instruction set, by name. */
 #include "kernels.h"
 
-void KERNEL(multiply)(const struct product *, int, int, void *);
+void KERNEL(multiply)(const struct product *, int, int);
 void KERNEL(quantize)(const float *, int, const struct activations *);
 void KERNEL(norm)(const float *, const float *, int, float, float *);
 void KERNEL(rope)(float *, const float *, const float *, int, float);

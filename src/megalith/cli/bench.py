@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 
+from megalith.base.errors import ConfigError
 from megalith.cli.output import JsonFlag, print_tables, progress, say
 
 if TYPE_CHECKING:
     from megalith.engine.bench import BenchReport
     from megalith.engine.launch import BuiltEngine
     from megalith.report.table import Table
+
+Mode = Literal["auto", "native", "bf16", "float32"]
 
 app = App(
     name="bench",
@@ -37,9 +41,10 @@ Examples:
 def bench(
     model: str = "smollm2",
     *,
-    mode: Literal["auto", "native", "bf16", "float32"] = "auto",
+    mode: Mode = "auto",
     threads: int | None = None,
     rounds: int = 7,
+    clock: Literal["wall", "processor"] = "wall",
     fit: bool = True,
     out: Path | None = None,
     json: JsonFlag = False,
@@ -56,6 +61,8 @@ def bench(
         Threads; by default one for each core.
     rounds
         Repetitions of every point; the shortest counts.
+    clock
+        wall, or processor: time on the core, for a machine that other programs share (with --threads 1).
     fit
         Fit and store the profile; with --no-fit the stored one predicts.
     out
@@ -64,7 +71,9 @@ def bench(
     from megalith.base.home import home_dir
     from megalith.plan import machine
 
-    report = _run(model, mode, threads or machine.cores(), rounds, fit)
+    if clock == "processor" and threads != 1:
+        raise ConfigError("The processor clock times the calling thread only.", "Add --threads 1.")
+    report = _run(Run(model, mode, threads or machine.cores(), rounds, clock, fit))
     if fit:
         where = machine.profile_path(report.profile.kind, report.threads)
         say(f"profile stored in {machine.store(where, report.profile)}")
@@ -76,34 +85,44 @@ def bench(
     return 0
 
 
-def _run(
-    model: str, mode: Literal["auto", "native", "bf16", "float32"], threads: int, rounds: int, fit: bool
-) -> BenchReport:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is to be timed, and how."""
+
+    model: str
+    mode: Mode
+    threads: int
+    rounds: int
+    clock: str
+    fit: bool
+
+
+def _run(run: Run) -> BenchReport:
     from megalith.engine import bench as points
     from megalith.engine.api import EngineConfig
     from megalith.engine.launch import build_engine
 
     config = EngineConfig(
-        model=model, mode=mode, threads=threads, max_sequences=points.MAX_BATCH + 1,
+        model=run.model, mode=run.mode, threads=run.threads, max_sequences=points.MAX_BATCH + 1,
         max_context=points.MAX_CONTEXT + 16, token_budget=points.MAX_BATCH + points.MAX_PROMPT,
         num_blocks=points.blocks_needed(16), num_host_blocks=points.host_blocks_needed(16),
     )  # fmt: skip
-    say(f"loading {model}")
+    say(f"loading {run.model}")
     built = build_engine(config)
     try:
         stage = points.Stage.on(built.runner)
         with progress("computing KV", points.MAX_CONTEXT // points.FILL_ROWS, "steps") as advance:
             stage.fill(advance)
         keys = [*points.CALIBRATION, *points.REPORTING]
-        with progress("timing steps", rounds + 1, "rounds") as advance:
+        with progress("timing steps", run.rounds + 1, "rounds") as advance:
             points.measure(stage, keys, 1, advance)
-            times = points.measure(stage, keys, rounds, advance)
-        return _report(built, times, threads, fit)
+            times = points.measure(stage, keys, run.rounds, advance, run.clock)
+        return _report(built, times, run)
     finally:
         built.runner.close()
 
 
-def _report(built: BuiltEngine, times: dict[tuple[int, int, int], list[int]], threads: int, fit: bool) -> BenchReport:
+def _report(built: BuiltEngine, times: dict[tuple[int, int, int], list[int]], run: Run) -> BenchReport:
     import msgspec
 
     from megalith.cost.compute import CostModel
@@ -115,15 +134,17 @@ def _report(built: BuiltEngine, times: dict[tuple[int, int, int], list[int]], th
     planned = resolve(str(built.model.files.path))
     exact = built.fit.plan.kv_format == "f32"
     weights = planned.weights(kind, "f32" if exact else None)
-    profile = machine.uncalibrated(kind, threads, machine.stored_facts()) if fit else machine.here(kind, threads)
-    profile = msgspec.structs.replace(profile, versions={**profile.versions, "threads": str(threads)})
+    profile = (
+        machine.uncalibrated(kind, run.threads, machine.stored_facts()) if run.fit else machine.here(kind, run.threads)
+    )
+    profile = msgspec.structs.replace(profile, versions={**profile.versions, "threads": str(run.threads)})
     cost = CostModel(spec, profile, weights, built.fit.plan.kv_format)
     name = built.model.files.name
     source = f"`megalith bench` on {len(points.CALIBRATION)} steps of {name} with the {built.runner.name} runner"
-    fitted, rows = points.compare(cost, times, source if fit else None)
+    fitted, rows = points.compare(cost, times, source if run.fit else None)
     return points.BenchReport(
-        model=name, runner=built.runner.name, threads=threads, machine=machine.machine_name(),
-        date=time.strftime("%Y-%m-%d"), profile=fitted, fitted=fit, rows=tuple(rows),
+        model=name, runner=built.runner.name, threads=run.threads, clock=run.clock, machine=machine.machine_name(),
+        date=time.strftime("%Y-%m-%d"), profile=fitted, fitted=run.fit, rows=tuple(rows),
         memory_predicted={line.item: line.num_bytes for line in built.fit.plan.memory},
         memory_measured=dict(built.runner.memory_bytes()), load_average=os.getloadavg()[0],
     )  # fmt: skip
@@ -158,12 +179,14 @@ def step_table(report: BenchReport) -> Table:
         table.add(
             row.batch, row.context, row.prompt, row.predicted_ns, row.low_ns, row.high_ns, row.measured_ns, row.error
         )
+    most = max(row.repetitions for row in report.rows)
     worst = max(abs(row.error) for row in report.reporting())
     table.notes = [
         f"median error {report.median_error():.1%}, worst {worst:.1%} over {len(report.reporting())} points; "
         f"{report.coverage():.0%} inside the band",
         f"profile: {report.profile.source}" + (" (fitted in this run, on other points)" if report.fitted else ""),
-        f"measured: the shortest of {report.rows[0].repetitions} repetitions; load average {report.load_average:.1f}",
+        f"measured: {report.clock} time, the shortest of up to {most} repetitions; "
+        f"load average {report.load_average:.1f}",
     ]
     return table
 

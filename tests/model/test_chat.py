@@ -37,15 +37,17 @@ _EACH, _END = "{% for m in messages %}", "{% endfor %}"
 _SOURCES = {
     "smollm2": None,
     "loops": _EACH + "\n  {% if loop.first %}\n<<{% endif %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}\n",
-    "tools": "{{ tools | tojson }}{% for t in tools or [] %}{{ t.function | tojson(indent=2) }}{% endfor %}{{ bos_token }}",
+    "tools": "{{ tools | tojson }}{% for t in tools or [] %}{{ t.function | tojson(indent=2) }}"
+    + _END
+    + "{{ bos_token }}",
     "namespace": "{% set n = namespace(n=0) %}" + _EACH + "{% set n.n = n.n + m.content|length %}" + _END + "{{ n.n }}",
     "controls": _EACH + "{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content ~ '|' ~ loop.index }}" + _END,
     "generation": _EACH + "{% generation %}{{ m.content }}{% endgeneration %}" + _END,
     "strings": "{{ messages[0].content.replace('e', 'EE').upper().split() | join('/') }}{{ 'a,b'.split(',')[-1] }}",
     "formats": "{{ '-' * 5 }}{{ '{}-{:>4}'.format('a', 'b') }}{{ 'x'.ljust(4) }}{{ '/'.join(['a', 'b']) }}",
     "macro": "{% macro f(x, y='z') %}<{{ x }}{{ y }}>{% endmacro %}" + _EACH + "{{ f(m.role) }}" + _END,
-    "filters": "{{ messages | map(attribute='role') | unique | list }}{{ messages | map(attribute='role') | join(',') }}"
-    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | join('.', attribute='role') }}",
+    "filters": "{{ messages | map(attribute='role') | unique | list }}{{ messages | map(attribute='role') | join }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | join('.', 'role') }}",
     "indent": "{{ 'a\nb\n\nc' | indent(2) }}|{{ 'a\nb' | indent(3, first=True) }}|{{ 'a-b' | replace('-', '+') }}",
     "slices": "{{ messages[::-1][0].content[2:5] }}{{ (1, 2) + (3,) }}{{ '%s=%d' % ('a', 3) }}{{ 7 // 2 ** 1 }}",
 }

@@ -142,7 +142,7 @@ def _call_with_object(call: Any) -> Any:
         return call
     try:
         decoded = msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": decoded}} if isinstance(decoded, dict) else call
 

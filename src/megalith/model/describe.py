@@ -130,7 +130,7 @@ def spec_from_hf(directory: Path) -> ModelSpec:
         data = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         raise ModelNotFound(f"{directory} has no config.json, so it is not a Hugging Face model directory.") from None
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(data, dict):
         raise ModelFormatError(f"{path} holds a JSON {type(data).__name__}, not an object.")

@@ -71,7 +71,7 @@ class SafetensorsModel:
             )
         try:
             header = msgspec.json.decode(mapped[8 : 8 + header_bytes])
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"{path} has a header that is not JSON: {error}.") from None
         if not isinstance(header, dict):
             raise ModelFormatError(f"{path} has a header that is not a JSON object.")
@@ -129,7 +129,7 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
         if index.stat().st_size > _MAX_INDEX_BYTES:
             raise ModelFormatError(f"{index} has {index.stat().st_size} bytes; at most {_MAX_INDEX_BYTES} are read.")
         data = msgspec.json.decode(index.read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"{index} cannot be read as JSON: {error}.") from None
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

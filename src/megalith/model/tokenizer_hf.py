@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ModelFormatError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON_BYTES} are read.")
         data = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(data, dict):
         raise ModelFormatError(f"{path} holds a JSON {type(data).__name__}, not an object.")

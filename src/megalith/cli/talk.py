@@ -189,10 +189,7 @@ class EndpointPartner:
         from megalith.serve.load_run import served_models
 
         if not self.name:
-            names = await served_models(self._endpoint)
-            if not names:
-                raise ModelError(f"{self._endpoint.url} serves no model.", "Name one before the prompt.")
-            self.name = names[0]
+            self.name = (await served_models(self._endpoint))[0]
 
     async def chat(self, messages: list[Message], params: SamplingParams, on_text: OnText) -> Answer:
         """POST /chat/completions."""

@@ -146,7 +146,7 @@ class LoadRun:
             if bad is not None:
                 raise EndpointError(
                     f"A warm-up request to {self.endpoint.url} failed (status {bad.status}): {bad.error}.",
-                    "Try it by hand with `megalith complete`, or set --model, --api or --prompts.",
+                    "Try it by hand with `megalith complete`, or set --model, --api, --prompts or --vocab.",
                 )
 
     async def _issue(self, shapes: Iterable[RequestShape], on_record: Callable[[RequestRecord], None]) -> None:
@@ -261,7 +261,7 @@ def _judge(sink: StreamSink) -> tuple[Outcome, str]:
 
 
 async def served_models(endpoint: Endpoint, timeout_s: float = 10.0) -> list[str]:
-    """The ids that `GET /models` lists. Raises EndpointError when nothing useful answers."""
+    """The ids that `GET /models` lists, at least one. Raises EndpointError when nothing useful answers."""
     client, sink = HttpClient(endpoint), BodySink()
     try:
         await client.exchange(endpoint.request("GET", "/models"), sink, timeout_s)
@@ -274,6 +274,9 @@ async def served_models(endpoint: Endpoint, timeout_s: float = 10.0) -> list[str
         raise EndpointError(f"{endpoint.url}/models answered {sink.status}: {error_text(bytes(sink.body))}", hint)
     try:
         listing = msgspec.json.decode(sink.body)
-        return [str(model["id"]) for model in listing["data"]]
+        names = [str(model["id"]) for model in listing["data"]]
     except (msgspec.DecodeError, KeyError, TypeError):
         raise EndpointError(f"{endpoint.url}/models did not answer a list of models.", "Give --model.") from None
+    if not names:
+        raise EndpointError(f"{endpoint.url} serves no model.", "Give --model, or start a server that has one.")
+    return names

@@ -77,9 +77,9 @@ def serve(make_engine: Callable[[], Any], model: Any, **config: Any) -> Iterator
         finally:
             ready.set()
 
-    thread = threading.Thread(target=thread_main)
+    thread = threading.Thread(target=thread_main, daemon=True)
     thread.start()
-    assert ready.wait(60), "the server did not start"
+    assert ready.wait(240), "the server did not start"
     if "error" in box:
         raise box["error"]
     running = box["running"]

@@ -72,6 +72,7 @@ def build_app(engine: AsyncEngine, model: OpenModel, config: ServerConfig) -> St
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001
+        state.prompts.warm()
         await engine.start()
         try:
             yield

@@ -6,13 +6,14 @@ Knows the tokenizer and the chat template; knows nothing of sampling or HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from megalith.base.errors import RequestError
+from megalith.base.errors import MegalithError, RequestError
 from megalith.serve.errors import ApiError
 from megalith.serve.schema import ContentPart, Message
 
@@ -30,6 +31,17 @@ class PromptReader:
     def __init__(self, model: OpenModel) -> None:
         self._model = model
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+
+    def warm(self) -> None:
+        """Compile the template and wake the tokenizer on a thread, so that the first request does not pay for it."""
+        self._pool.submit(self._warm)
+
+    def _warm(self) -> None:
+        template = self._model.chat_template
+        # A template that refuses this conversation, or cannot be compiled, says so to the request that needs it.
+        with contextlib.suppress(MegalithError):
+            text = "" if template is None else template.render([{"role": "user", "content": "a"}])
+            self._model.tokenizer.encode(text, add_bos=False)
 
     def close(self) -> None:
         """Let the threads go."""

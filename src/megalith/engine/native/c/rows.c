@@ -12,9 +12,8 @@ void KERNEL(quantize)(const float *x, int row, const struct activations *to) {
         float largest = vf_largest(vf_max(vf_abs(low), vf_abs(high)));
         float inverse = largest > 0 ? 127.0f / largest : 0.0f;
         vi q[2] = {vf_round(vf_scale(low, inverse)), vf_round(vf_scale(high, inverse))};
-        int32_t lane[GROUP];
-        memcpy(lane, q, sizeof lane);
-        for (int i = 0; i < GROUP; i++) a[i] = (int8_t)lane[i];
+        vi_store_bytes(a, q[0]);
+        vi_store_bytes(a + LANES, q[1]);
         scale[g] = largest / 127.0f;
         sum[g] = scale[g] * (float)vi_sum(vi_add(q[0], q[1]));
     }

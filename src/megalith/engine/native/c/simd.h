@@ -128,26 +128,32 @@ INLINE vf vf_abs(vf x) {
     return r;
 }
 
-/* Fixed trees, so that a sum over lanes has one order everywhere. */
+/* Across lanes, as one fixed tree: i and i + 8, then i + 4, i + 2, i + 1. */
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+
 INLINE float vf_sum(vf x) {
-    float lane[LANES];
-    vf_store(lane, x);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
-}
-INLINE float vf_largest(vf x) {
-    float lane[LANES];
-    vf_store(lane, x);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
-    return lane[0];
+    f4 q[4];
+    memcpy(q, &x, sizeof q);
+    f4 sum = (q[0] + q[2]) + (q[1] + q[3]);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 INLINE int32_t vi_sum(vi x) {
-    int32_t lane[LANES], sum = 0;
-    EACH_PART *(ipart_any *)(lane + part * PART_LANES) = x.p[part];
-    for (int i = 0; i < LANES; i++) sum += lane[i];
-    return sum;
+    i4 q[4];
+    memcpy(q, &x, sizeof q);
+    i4 sum = (q[0] + q[2]) + (q[1] + q[3]);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+INLINE f4 f4_max(f4 x, f4 y) {
+    i4 greater = x > y;
+    return (f4)((greater & (i4)x) | (~greater & (i4)y));
+}
+INLINE float vf_largest(vf x) {
+    f4 q[4];
+    memcpy(q, &x, sizeof q);
+    f4 top = f4_max(f4_max(q[0], q[2]), f4_max(q[1], q[3]));
+    float even = top[0] > top[2] ? top[0] : top[2], odd = top[1] > top[3] ? top[1] : top[3];
+    return even > odd ? even : odd;
 }
 
 /* The nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves it in the low mantissa bits. */
@@ -156,6 +162,12 @@ INLINE vi vf_round(vf x) {
     vi r;
     EACH_PART r.p[part] = (ipart)(x.p[part] + ROUND_MAGIC) - 0x4b400000;
     return r;
+}
+
+/* Lanes that fit int8, as bytes. */
+INLINE void vi_store_bytes(int8_t *to, vi x) {
+    typedef int8_t bytes __attribute__((vector_size(PART_LANES), aligned(1), may_alias));
+    EACH_PART *(bytes *)(to + part * PART_LANES) = __builtin_convertvector(x.p[part], bytes);
 }
 
 /* exp(x), relative error below 2e-7 for x in [-87, 88]; below it gives exp(-87), above it exp(88). Cephes' degree-5

@@ -42,8 +42,10 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=900)
+    parser.add_argument("--only", nargs="+", help="names of settings; without it all")
     parser.add_argument("--skip-bf16", action="store_true", help="bfloat16 is very slow on CPUs without it")
     options = parser.parse_args()
+    machine.raise_priority()
     torch.set_num_threads(1)
     model = open_model(options.model)
     texts = {name: model.tokenizer.encode(path.read_text())[: options.tokens] for name, path in TEXTS.items()}
@@ -55,6 +57,8 @@ def main() -> None:
     exact = hugging_face(model, model.checkpoint)
     reference = {name: logits_of(exact, ids) for name, ids in texts.items()}
     for arm, of_text in settings(model, exact, options):
+        if options.only and arm not in options.only:
+            continue
         for name, ids in texts.items():
             row = {**stamp, "kind": "quality", "arm": arm, "case": name, "tokens": len(ids)}
             row |= score(reference[name], of_text(ids), ids)

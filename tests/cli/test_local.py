@@ -39,6 +39,22 @@ def test_chat_from_a_pipe_with_predicted_beside_measured() -> None:
     assert data["predicted_tokens_per_s"]["low"] < data["predicted_tokens_per_s"]["high"]
 
 
+def test_a_long_answer_is_cut_to_the_context_and_a_long_prompt_is_refused() -> None:
+    plan = json.loads(megalith("plan", "serve", "smollm2", "--context", "400", "--json").stdout)
+    tight = ("complete", "smollm2", "--memory", f"{plan['need_bytes']}B", "--json")
+    refused = megalith(*tight, text="word " * 5000, timeout=120)
+    assert refused.returncode == 1
+    told = json.loads(refused.stdout)["error"]
+    assert told["kind"] == "PromptTooLong"
+    context = int(told["what"].rstrip(".").rpartition(" ")[2])
+    assert 256 <= context < 1000
+    cut = megalith(*tight, "--max-tokens", "500", text=" ".join(["word"] * (context - 12)), timeout=240)
+    assert cut.returncode == 0, cut.stderr
+    answer = json.loads(cut.stdout)["answer"]
+    assert answer["prompt_tokens"] == context - 12
+    assert answer["completion_tokens"] <= 12
+
+
 def test_a_model_that_does_not_fit_is_refused_with_numbers_before_loading() -> None:
     result = megalith("complete", "smollm2", "hello", "--memory", "64MiB", timeout=120)
     assert (result.returncode, result.stdout) == (1, "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from megalith.base.errors import ConfigError, MegalithError
+from megalith.base.errors import ConfigError, MegalithError, PromptTooLong
 from megalith.cli.complete import Sampling, Where
 from megalith.cli.output import JsonFlag, print_error, print_json, result_console, say
 
@@ -180,6 +180,10 @@ def _turn(
         answer = runner.run(partner.chat(conversation.messages(), params, keep))
     except KeyboardInterrupt:
         pass
+    except PromptTooLong as error:
+        conversation.turns.pop()
+        print_error(PromptTooLong(error.what, "Start over with /clear, or say less."), json=False)
+        return
     except MegalithError as error:
         conversation.turns.pop()
         print_error(error, json=False)

@@ -136,6 +136,10 @@ class LocalPartner:
         begin_ns = time.monotonic_ns()
         first_ns = 0
         pieces: list[str] = []
+        # max_tokens is the longest answer that is wanted: near the end of the context a shorter one will do.
+        room = self._open().engine.max_context - len(prompt_ids)
+        if params.max_tokens is not None and 0 < room < params.max_tokens:
+            params = msgspec.structs.replace(params, max_tokens=room)
         # aclosing: a cancelled answer aborts its request now, not when the garbage collector finds the iterator.
         stream: Any = self._open().engine.generate(prompt_ids, params)
         async with aclosing(stream):

@@ -1,8 +1,12 @@
 """Fitting the rates of a profile to measured steps, and the error band that the fit deserves.
 
-The time model of `compute` with exponent 1 is linear in its rates, so the fit is non-negative least squares on relative
-errors. The band comes from leaving each point out and predicting it from the others. Calibration points are never
-reported on: `check_disjoint` refuses a set that shares a point with the other.
+A step is a sum of prices times amounts: fixed time, multiply-adds of layers and head (a price that can only fall as
+rows grow, by knots), KV bytes, query-key pairs. That is non-negative least squares on relative errors; a ridge keeps a
+price from falling without need, because prices by rows and by pairs can trade places. Streaming weights is not fitted:
+on few rows it hides behind the multiply-adds or they behind it, so the probed price of a byte enters as the larger.
+
+The band comes from leaving each point out and predicting it from the others; the ridge's strength was chosen so too.
+Calibration points are never reported on: `check_disjoint` refuses sets that share one.
 """
 
 from __future__ import annotations
@@ -22,8 +26,13 @@ F64 = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Rows between which the price of a multiply-add is interpolated."""
-_SMOOTH = 0.02
-"""Weight of "neighbouring knots cost the same" against one measured point."""
+_RIDGE = 0.5
+"""Weight of a price that falls between two knots, in units of the relative error of one point."""
+_HIDDEN = 0.9
+"""Streaming the weights takes at most this part of the fitted time on one row."""
+_TAKE_LARGER = 16.0
+"""Exponent of `combine` that takes the larger of memory and compute."""
+_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,74 +74,47 @@ def hat_weights(rows: int) -> F64:
     return weights
 
 
-def _features(cost: CostModel, shape: StepShape) -> tuple[F64, float]:
-    """(what each unknown rate is multiplied by, the multiple of the known weight-byte rate) of one step.
-
-    Unknowns: step, sequence, head multiply-add, KV byte, pair multiply-add, then one layer multiply-add a knot.
-    """
-    head_bytes = cost.weights.head if shape.outputs else 0
-    fixed = [
-        1.0,
-        float(shape.sequences),
-        float(shape.outputs * cost.head_macs),
-        shape.decode_tokens * cost.kv_layer_token_bytes,
-        float(shape.chunk_pairs * cost.pair_macs),
-    ]
-    layers = shape.rows * cost.layer_macs * hat_weights(shape.rows)
-    return np.concatenate([np.array(fixed), layers]), cost.touched_bytes(shape.rows) + head_bytes
-
-
 def fit(cost: CostModel, points: Sequence[MeasuredStep]) -> Rates:
-    """Rates that explain `points`; the weight-byte rate stays the profile's (it is measured by the probe).
+    """Rates that explain `points`; the price of a weight byte stays the profile's, unless the steps refute it.
 
-    Raises ConfigError below eight points: fewer do not say anything about so many rates.
+    Layers and head share the shape of the price over rows, which is found by a few rounds of fitting. Raises
+    ConfigError below eight points: fewer say nothing about so many rates.
     """
     if len(points) < 8:
         raise ConfigError(f"{len(points)} measured points are too few to fit a profile.", "Measure at least 8.")
-    byte_ns = _byte_ns(cost, points)
-    rows, targets = [], []
-    for point in points:
-        shape = point.shape(cost)
-        unknown, weight_bytes = _features(cost, shape)
-        left = max(point.measured_ns - weight_bytes * byte_ns, 0.0)
-        rows.append(unknown / point.measured_ns)
-        targets.append(left / point.measured_ns)
-    matrix, target = np.array(rows), np.array(targets)
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-30)
-    smooth = _smoothing(matrix.shape[1], scale)
-    solution = non_negative_least_squares(
-        np.vstack([matrix / scale, smooth]), np.concatenate([target, np.zeros(len(smooth))])
-    )
-    return _rates(solution / scale, byte_ns)
+    shapes = [(point.shape(cost), point.measured_ns) for point in points]
+    falls = np.triu(np.ones((len(KNOTS), len(KNOTS))))  # price of knot k = sum of the falls from k on
+    curve = np.ones(len(KNOTS))
+    for _ in range(_ROUNDS):
+        matrix = np.array([_amounts(cost, shape, curve, falls) / measured for shape, measured in shapes])
+        scale = np.maximum(np.abs(matrix).max(axis=0), 1e-30)
+        ridge = np.hstack([np.zeros((len(KNOTS) - 1, 4)), _RIDGE * np.eye(len(KNOTS) - 1, len(KNOTS))])
+        target = np.concatenate([np.ones(len(points)), np.zeros(len(ridge))])
+        prices = non_negative_least_squares(np.vstack([matrix / scale, ridge]), target) / scale
+        by_rows = falls @ prices[4:]
+        last, curve = curve, by_rows / max(by_rows[-1], 1e-9 * by_rows[0], 1e-30)
+        if np.abs(curve - last).max() < 1e-3:
+            break
+    return _rates(cost, prices, curve)
 
 
-def _byte_ns(cost: CostModel, points: Sequence[MeasuredStep]) -> float:
-    """The probe's price of a byte, but never such that streaming the weights alone takes longer than a whole step."""
-    byte_ns = cost.profile.rates.weight_byte_ns
-    for point in points:
-        _, weight_bytes = _features(cost, point.shape(cost))
-        byte_ns = min(byte_ns, 0.9 * point.measured_ns / weight_bytes)
-    return byte_ns
+def _amounts(cost: CostModel, shape: StepShape, curve: F64, falls: F64) -> F64:
+    """What each price is multiplied by in one step: step, head, KV byte, pair, then the falls of the layer price."""
+    head = shape.outputs * cost.head_macs * float(hat_weights(shape.outputs) @ curve) if shape.outputs else 0.0
+    fixed = [1.0, head, shape.decode_tokens * cost.kv_layer_token_bytes, float(shape.chunk_pairs * cost.pair_macs)]
+    return np.concatenate([np.array(fixed), shape.rows * cost.layer_macs * (hat_weights(shape.rows) @ falls)])
 
 
-def _smoothing(columns: int, scale: F64) -> F64:
-    """Rows that pull neighbouring knots together, so that a knot without a point takes its neighbours' price."""
-    first = columns - len(KNOTS)
-    rows = np.zeros((len(KNOTS) - 1, columns))
-    reference = float(np.median(scale[first:]))
-    for i in range(len(KNOTS) - 1):
-        rows[i, first + i], rows[i, first + i + 1] = 1.0 / scale[first + i], -1.0 / scale[first + i + 1]
-    return rows * reference * _SMOOTH
-
-
-def _rates(solution: F64, byte_ns: float) -> Rates:
-    step, sequence, head, kv, pair = (float(value) for value in solution[:5])
-    knots = [float(value) for value in solution[5:]]
-    reference = knots[-1] or max(knots) or 1e-12
-    factors = tuple((rows, value / reference) for rows, value in zip(KNOTS, knots, strict=True))
+def _rates(cost: CostModel, prices: F64, curve: F64) -> Rates:
+    step, head, kv, pair = (float(value) for value in prices[:4])
+    mac = float(prices[-1]) or 1e-9 * float(prices[4:].sum())
+    layers_ns = mac * float(curve[0]) * cost.layer_macs / cost.touched_bytes(1)
+    head_ns = head * float(curve[0]) * cost.head_macs / cost.weights.head
+    byte_ns = min(cost.profile.rates.weight_byte_ns, _HIDDEN * layers_ns, _HIDDEN * head_ns if head else layers_ns)
     return Rates(
-        step_ns=step, sequence_ns=sequence, weight_byte_ns=byte_ns, mac_ns=reference, row_factors=factors,
-        logit_mac_ns=head, kv_byte_ns=kv, pair_mac_ns=pair, combine=1.0,
+        step_ns=step, weight_byte_ns=byte_ns, mac_ns=mac, logit_mac_ns=head, kv_byte_ns=kv, pair_mac_ns=pair,
+        row_factors=tuple((rows, float(value)) for rows, value in zip(KNOTS, curve, strict=True)),
+        combine=_TAKE_LARGER,
     )  # fmt: skip
 
 

@@ -102,7 +102,8 @@ class CostModel:
         layers_memory = self.touched_bytes(shape.rows) * rates.weight_byte_ns * share
         layers_compute = shape.rows * self.layer_macs * rates.mac_ns * row_factor(rates, shape.rows) * share
         head_memory = self.weights.head * rates.weight_byte_ns * share if shape.outputs else 0.0
-        head_compute = shape.outputs * self.head_macs * rates.logit_mac_ns * share if shape.outputs else 0.0
+        head_macs = shape.outputs * self.head_macs * share
+        head_compute = head_macs * rates.logit_mac_ns * row_factor(rates, shape.outputs) if shape.outputs else 0.0
         kv_share = max(1, -(-self.spec.num_kv_heads // self.devices)) / self.spec.num_kv_heads
         kv_ns = self.kv_layer_token_bytes * rates.kv_byte_ns * kv_share
         decode = shape.decode_tokens * kv_ns

@@ -131,8 +131,12 @@ def from_device(device: DeviceSpec, weight_format: str = "bf16") -> Profile:
 
 
 def _band_source(device: DeviceSpec) -> str:
-    kind = "measured tables of this device" if device.achievable.measured else "a sibling or an assumption"
-    return f"default of the catalogue entry {device.name} ({kind}); no end-to-end run on it is stored"
+    if not device.achievable.measured:
+        return f"default of the catalogue entry {device.name}, whose rates come from a sibling or an assumption"
+    return (
+        "default for devices with measured operator tables; it held 97 % of 380 published runs on H100 and B200 "
+        "(docs/prediction.md)"
+    )
 
 
 def _power(device: DeviceSpec) -> Power | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from megalith.base.errors import MachineError
 from megalith.base.units import format_duration, parse_bytes, parse_duration_ns
 from megalith.cli.output import JsonFlag, progress, warn
 
@@ -132,8 +133,11 @@ def serve(
         One key of the recipe, such as server.max_n=4; may be given several times.
     """
     begin_ns = time.monotonic_ns()
-    from megalith.serve.recipe import build_recipe, keep
-    from megalith.serve.run import bind, configure_logging, run_server
+    try:
+        from megalith.serve.recipe import build_recipe, keep
+        from megalith.serve.run import bind, configure_logging, run_server
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
 
     recipe = build_recipe(config, {"engine": engine.table(model), "server": server.table()}, assignments)
     with bind(recipe.server) as sock:
@@ -168,6 +172,16 @@ def _load(recipe: ServeRecipe) -> BuiltEngine:
                 shown.enter_context(progress(f"loading {recipe.engine.model}"))
 
         return build_engine(recipe.engine, on_part, on_plan)
+
+
+def _missing(error: ModuleNotFoundError) -> Exception:
+    """What to say of a package that is not installed; our own modules cannot be missing, so that is a bug."""
+    if error.name is None or error.name.startswith("megalith"):
+        return error
+    return MachineError(
+        f"The server needs the package {error.name}, which is not installed.",
+        "Install it with: pip install 'megalith[engine,serve]'",
+    )
 
 
 def _announce(url: str, name: str, took_ns: int, *, as_json: bool) -> None:

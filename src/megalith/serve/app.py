@@ -146,7 +146,7 @@ class SmallEndpoints:
         body = parse_body(await self._read(request), DetokenizeRequest, state.config)
         state.check_model(body.model)
         ids = state.prompts.check_ids(body.tokens, "tokens")
-        return _json(DetokenizedText(state.tokenizer.decode(ids, skip_special=False)))
+        return _json(DetokenizedText(await state.prompts.decode(ids)))
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002
         """GET /health: the truth."""

@@ -145,7 +145,7 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
         params = completion_params(request, state.vocab, state.engine.max_context)
         prompts = await state.prompts.prompts(request.prompt, request.add_special_tokens)
         choices = split_choices(prompts, params, request.n, state.config, "prompt")
-        echo = state.prompts.echo_texts(request.prompt, prompts) if request.echo else None
+        echo = await state.prompts.echo_texts(request.prompt, prompts) if request.echo else None
         drop = request.echo and request.max_tokens == 0
         head = _head(state, request, "cmpl-" + record.request_id, request.logprobs)
         return _job(request, choices, CompletionShaper(head, choices, echo, drop), int(drop))

@@ -96,15 +96,18 @@ class PromptReader:
             found.append(await self.text(part, add_bos) if isinstance(part, str) else self.check_ids(part))
         return found
 
-    def echo_texts(self, prompt: str | list[str | int | list[int]], ids: list[list[int]]) -> list[str]:
+    async def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return await self._run(lambda: self._model.tokenizer.decode(ids, skip_special=False), len(ids))
+
+    async def echo_texts(self, prompt: str | list[str | int | list[int]], ids: list[list[int]]) -> list[str]:
         """The text of each prompt, as it was sent or, for token ids, as it decodes."""
         if isinstance(prompt, str):
             return [prompt]
-        texts = prompt if len(prompt) == len(ids) else [ids[0]]
-        decode = self._model.tokenizer.decode
+        if all(isinstance(part, int) for part in prompt):
+            return [await self.decode(ids[0])]
         return [
-            part if isinstance(part, str) else decode(mine, skip_special=False)
-            for part, mine in zip(texts, ids, strict=True)
+            part if isinstance(part, str) else await self.decode(mine) for part, mine in zip(prompt, ids, strict=True)
         ]
 
     def check_ids(self, ids: list[int], param: str = "prompt") -> list[int]:

@@ -31,7 +31,6 @@ class AppState:
         self.config = config
         self.served_names = config.served_names or (model.files.name,)
         self.vocab = model.spec.vocab
-        self.tokenizer = model.tokenizer
         self.created = int(time.time())
         self.draining = False
         self.keys = KeyRing.from_file(config.api_key_file) if config.api_key_file is not None else None

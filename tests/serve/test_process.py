@@ -20,9 +20,15 @@ import httpx2
 import openai
 import pytest
 
-from megalith.base.errors import ModelNotFound
+from megalith.base.errors import MachineError, ModelNotFound
 from megalith.cli.main import run
 from megalith.model.source import resolve
+from megalith.serve.app import build_app
+from megalith.serve.config import ServerConfig
+from megalith.serve.run import Runner, bind
+
+from .running import serve
+from .scripted import ScriptedEngine, byte_model
 
 COMMAND = [sys.executable, "-m", "megalith", "serve"]
 
@@ -201,6 +207,27 @@ def test_refusals_come_before_loading(
     recipe = tmp_path / "serve.toml"
     recipe.write_text('[engine]\nmodel = "x"\ntoken_budgt = 5\n')
     assert "`token_budget`" in refusal("--config", str(recipe))
+
+
+def test_two_servers_that_bind_one_port_before_either_listens() -> None:
+    first = bind(ServerConfig(port=0))
+    with first:
+        config = ServerConfig(port=first.getsockname()[1], access_log="off")
+        with bind(config) as second:
+            first.listen()
+            runner = Runner(build_app(ScriptedEngine(), byte_model(), config), config, second)  # type: ignore[arg-type]
+            with pytest.raises(MachineError, match="cannot be used"):
+                asyncio.run(runner.run(lambda url: None))
+
+
+def test_ipv6_loopback() -> None:
+    try:
+        bind(ServerConfig(host="::1", port=0)).close()
+    except MachineError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with serve(ScriptedEngine, byte_model(), host="::1") as running, running.client() as client:
+        assert running.url.startswith("http://[::1]:")
+        assert client.get("/health").status_code == 200
 
 
 def test_recipe_with_flags_and_assignments_on_top() -> None:

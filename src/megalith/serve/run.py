@@ -26,6 +26,7 @@ from megalith.serve.state import AppState
 
 logger = logging.getLogger("megalith.serve")
 _BACKLOG = 2048
+_PORT_HINT = "Choose another with --port, or 0 for any free one."
 # After the engine has drained, answers still have to reach their clients.
 _FLUSH_S = 2
 
@@ -48,9 +49,8 @@ def bind(config: ServerConfig) -> socket.socket:
         found.bind(address)
     except OSError as error:
         found.close()
-        hint = "Choose another with --port, or 0 for any free one." if error.errno == errno.EADDRINUSE else ""
+        hint = _PORT_HINT if error.errno == errno.EADDRINUSE else ""
         raise MachineError(f"Port {config.port} on {config.host} cannot be used: {error.strerror}.", hint) from None
-    found.set_inheritable(False)
     return found
 
 
@@ -126,7 +126,14 @@ class Runner:
         self.exit_code = 0
 
     async def run(self, on_ready: Callable[[str], None]) -> int:
-        """Serve until a signal (or `stop`) ends it. Returns the exit code: 0 when every request was finished."""
+        """Serve until a signal (or `stop`) ends it. Returns the exit code: 0 when every request was finished.
+
+        Raises MachineError when another server has begun to listen on our port since it was bound.
+        """
+        try:
+            self._sock.listen(_BACKLOG)
+        except OSError as error:
+            raise MachineError(f"{url_of(self._sock)} cannot be used: {error.strerror}.", _PORT_HINT) from None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: somebody else handles signals

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from megalith.cost.profile import Profile, from_device
+from megalith.cost.profile import Profile, band_for, from_device, model_shape
 from megalith.engine import probe, probe_disk
 from megalith.plan import machine
 from megalith.plan.machine import MachineFacts
@@ -45,6 +45,18 @@ def test_profiles_survive_json() -> None:
     for device in catalog.devices().values():
         profile = from_device(device)
         assert msgspec.json.decode(msgspec.json.encode(profile), type=Profile) == profile
+
+
+def test_a_fitted_band_is_wider_for_another_model() -> None:
+    own, other = catalog.model("smollm2"), catalog.model("gemma-3-270m")
+    plain = machine.here("native", 1)
+    assert band_for(plain, other) == plain.band
+    fitted = msgspec.structs.replace(plain, fitted_on=model_shape(own))
+    assert band_for(fitted, own) == plain.band
+    wider = band_for(fitted, other)
+    assert wider.low < plain.band.low
+    assert wider.high > plain.band.high
+    assert "another model" in wider.source
 
 
 def test_memory_figures_make_sense() -> None:

@@ -11,6 +11,7 @@ from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
 from megalith.specs.device import DeviceSpec
+from megalith.specs.model import ModelSpec
 
 RunnerKind = Literal["native", "torch-cpu", "cuda"]
 
@@ -80,11 +81,33 @@ class Profile(Config, kw_only=True):
     """Of step times whose attention part is small."""
     power: Power | None = None
     price_per_hour_usd: float | None = None
+    fitted_on: str = ""
+    """Shape (`model_shape`) of the model whose steps the rates were fitted to; empty where they are of no model."""
     source: str
     date: str
     raw: dict[str, float] = {}
     """Further measured figures (bytes/s of memory and disk, matrix products by shape), for people and later uses."""
     versions: dict[str, str] = {}
+
+
+OTHER_MODEL_LOW, OTHER_MODEL_HIGH = 0.75, 1.6
+"""Widening of a fitted band for another model: Gemma 3 270M on SmolLM2's profile needed it (docs/prediction.md)."""
+
+
+def model_shape(spec: ModelSpec) -> str:
+    """What makes two models the same to a fitted profile, whatever they are called."""
+    return f"{spec.num_layers}x{spec.hidden}x{spec.ffn}x{spec.vocab}"
+
+
+def band_for(profile: Profile, spec: ModelSpec) -> Band:
+    """The band of a profile for a model: wider for one that it was not fitted on."""
+    if not profile.fitted_on or profile.fitted_on == model_shape(spec):
+        return profile.band
+    return Band(
+        low=profile.band.low * OTHER_MODEL_LOW,
+        high=profile.band.high * OTHER_MODEL_HIGH,
+        source=f"{profile.band.source}; widened, because this is another model",
+    )
 
 
 def number_for(weight_format: str, device: DeviceSpec) -> str:

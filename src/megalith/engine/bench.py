@@ -20,7 +20,7 @@ from megalith.base.errors import ConfigError
 from megalith.cost.calibrate import MeasuredStep, band_of, check_disjoint, fit, left_out_ratios
 from megalith.cost.compute import CostModel
 from megalith.cost.memory import blocks_for
-from megalith.cost.profile import Profile
+from megalith.cost.profile import Profile, band_for, model_shape
 from megalith.engine.batch import Runner, SamplingBatch, StepBatch
 
 Key = tuple[int, int, int]
@@ -222,7 +222,8 @@ def calibrated(cost: CostModel, points: Sequence[MeasuredStep], source: str) -> 
     """The profile fitted to `points`, with the band of points left out."""
     rates = fit(cost, points)
     band = band_of(left_out_ratios(cost, points), f"{source}: each point predicted from the others")
-    return msgspec.structs.replace(cost.profile, rates=rates, band=band, source=source, date=time.strftime("%Y-%m-%d"))
+    date, shape = time.strftime("%Y-%m-%d"), model_shape(cost.spec)
+    return msgspec.structs.replace(cost.profile, rates=rates, band=band, source=source, date=date, fitted_on=shape)
 
 
 def points_of(times: dict[Key, list[int]]) -> list[MeasuredStep]:
@@ -232,7 +233,7 @@ def points_of(times: dict[Key, list[int]]) -> list[MeasuredStep]:
 
 def rows_of(cost: CostModel, times: dict[Key, list[int]], role: str) -> list[BenchRow]:
     """Predicted beside measured for every point."""
-    band = cost.profile.band
+    band = band_for(cost.profile, cost.spec)
     rows = []
     for key, values in times.items():
         point = MeasuredStep(*key, measured_ns=min(values))

@@ -9,7 +9,7 @@ from megalith.cost import energy
 from megalith.cost.compute import CostModel, StepCost
 from megalith.cost.memory import blocks_for, kv_bytes_per_token
 from megalith.cost.parameters import active_parameters, count
-from megalith.cost.profile import Profile
+from megalith.cost.profile import band_for
 from megalith.plan.remedies import remedies
 from megalith.plan.request import ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.specs.plan import BatchPoint, Estimate, ServePlan
@@ -29,7 +29,7 @@ def plan_serve(request: ServeRequest) -> ServePlan:
     pool = room if request.num_blocks is None else min(room, wanted)
     max_sequences = pool // per_sequence
     prompt = request.prompt_tokens or max(1, min(512, request.context // 2))
-    prefill = banded(request.profile, cost.prefill(prompt, request.rows).duration_ns)
+    prefill = banded(request, cost.prefill(prompt, request.rows).duration_ns)
     profile = request.profile
     return ServePlan(
         model=request.model,
@@ -59,7 +59,7 @@ def plan_serve(request: ServeRequest) -> ServePlan:
         points=tuple(
             _point(request, cost, batch, batch <= max_sequences) for batch in _batches(request, max_sequences)
         ),
-        band_source=profile.band.source,
+        band_source=band_for(profile, request.spec).source,
         notes=_notes(request),
     )
 
@@ -71,15 +71,16 @@ def _batches(request: ServeRequest, max_sequences: int) -> list[int]:
     return sorted({*powers, request.batch})
 
 
-def banded(profile: Profile, duration_ns: float) -> Estimate:
-    """A predicted duration with the band of its profile (measured is between low and high times predicted)."""
-    return Estimate(value=duration_ns, low=duration_ns * profile.band.low, high=duration_ns * profile.band.high)
+def banded(request: ServeRequest, duration_ns: float) -> Estimate:
+    """A predicted duration with its band (measured is between low and high times predicted)."""
+    band = band_for(request.profile, request.spec)
+    return Estimate(value=duration_ns, low=duration_ns * band.low, high=duration_ns * band.high)
 
 
 def _point(request: ServeRequest, cost: CostModel, batch: int, fits: bool) -> BatchPoint:
     context = request.speed_context or request.context
     step = cost.decode_step(batch, context)
-    tpot = banded(request.profile, step.duration_ns)
+    tpot = banded(request, step.duration_ns)
     rate = tpot.inverse(batch * 1e9)
     power, joules = _energy(request, step, tpot, batch)
     price = request.profile.price_per_hour_usd

@@ -148,7 +148,7 @@ INLINE void mix(int count, int wide, const struct work *w, int first, int d, con
                     acc[i * wide + j] = vf_fma(vf_set(weight[0]), even, acc[i * wide + j]);
                     acc[i * wide + j] = vf_fma(vf_set(weight[1]), odd, acc[i * wide + j]);
                 }
-            }
+                }
         if (token < tokens) /* the other token of this pair is not written yet: its bits may be anything, even NaN */
             UNROLL for (int j = 0; j < wide; j++) {
                 vf even = vf_even_bf16(load_pairs(v + 2 * j * LANES));

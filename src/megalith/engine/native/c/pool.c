@@ -8,6 +8,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -107,7 +108,10 @@ void pool_run(struct pool *pool, pool_task task, void *argument, int items) {
         pthread_mutex_unlock(&pool->lock);
     }
     work(pool, number, 0);
-    while (atomic_load(&pool->done) < items) relax();
+    for (int spin = 0; atomic_load(&pool->done) < items; spin++) {
+        relax();
+        if (spin > SPINS) sched_yield(); /* the worker that has the last item is not running: let it have this core */
+    }
 }
 
 void pool_destroy(struct pool *pool) {

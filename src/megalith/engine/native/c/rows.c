@@ -4,6 +4,9 @@
 
 #include <math.h>
 
+/* Within -127 and 127 whatever comes, NaN too: the products rely on it. A NaN shows in the row's scales. */
+INLINE vi round_to_byte(vf x) { return vf_round(vf_min(vf_max(x, vf_set(-127.0f)), vf_set(127.0f))); }
+
 void KERNEL(quantize)(const float *x, int row, const struct activations *to) {
     int8_t *a = to->a + (size_t)row * to->inputs;
     float *scale = to->scale + (size_t)row * to->groups, *sum = to->sum + (size_t)row * to->groups;
@@ -11,7 +14,7 @@ void KERNEL(quantize)(const float *x, int row, const struct activations *to) {
         vf low = vf_load(x), high = vf_load(x + LANES);
         float largest = vf_largest(vf_max(vf_abs(low), vf_abs(high)));
         float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        vi q[2] = {vf_round(vf_scale(low, inverse)), vf_round(vf_scale(high, inverse))};
+        vi q[2] = {round_to_byte(vf_scale(low, inverse)), round_to_byte(vf_scale(high, inverse))};
         vi_store_bytes(a, q[0]);
         vi_store_bytes(a + LANES, q[1]);
         scale[g] = largest / 127.0f;
@@ -60,10 +63,15 @@ void KERNEL(add)(float *x, const float *y, int n) {
 }
 
 void KERNEL(store_kv)(const float *k, const float *v, int head_dim, uint16_t *k_chunk, uint16_t *v_chunk, int slot) {
-    for (int i = 0; i < head_dim; i += 2) {
-        uint16_t pair[2] = {bf16_from_float(k[i]), bf16_from_float(k[i + 1])};
-        memcpy(k_chunk + i * CHUNK_TOKENS + 2 * slot, pair, 4);
+    uint16_t *k_to = k_chunk + 2 * slot, *v_to = v_chunk + slot / 2 * 2 * head_dim + (slot & 1);
+    for (int i = 0; i < head_dim; i += LANES) {
+        int32_t k_bits[LANES], v_bits[LANES];
+        vi_store(k_bits, vf_to_bf16(vf_load(k + i)));
+        vi_store(v_bits, vf_to_bf16(vf_load(v + i)));
+        for (int j = 0; j < LANES; j += 2) {
+            uint32_t pair = (uint32_t)k_bits[j] | (uint32_t)k_bits[j + 1] << 16;
+            memcpy(k_to + (i + j) * CHUNK_TOKENS, &pair, 4); /* little-endian, as are all machines we build for */
+        }
+        for (int j = 0; j < LANES; j++) v_to[2 * (i + j)] = (uint16_t)v_bits[j];
     }
-    uint16_t *to = v_chunk + slot / 2 * 2 * head_dim + (slot & 1);
-    for (int i = 0; i < head_dim; i++) to[2 * i] = bf16_from_float(v[i]);
 }

@@ -82,6 +82,7 @@ INLINE vi vi_load(const int32_t *from) {
     EACH_PART r.p[part] = *(const ipart_any *)(from + part * PART_LANES);
     return r;
 }
+INLINE void vi_store(int32_t *to, vi x) { EACH_PART *(ipart_any *)(to + part * PART_LANES) = x.p[part]; }
 INLINE vi vi_add(vi x, vi y) { EACH_PART x.p[part] += y.p[part]; return x; }
 INLINE vf vf_from_bits(vi x) { vf r; EACH_PART r.p[part] = (fpart)x.p[part]; return r; }
 INLINE vi vi_from_bits(vf x) { vi r; EACH_PART r.p[part] = (ipart)x.p[part]; return r; }
@@ -132,25 +133,40 @@ INLINE vf vf_abs(vf x) {
 typedef float f4 __attribute__((vector_size(16)));
 typedef int32_t i4 __attribute__((vector_size(16)));
 
+/* Quarters of a vector. */
+INLINE void vf_quarters(vf x, f4 *q) {
+#if VECTOR_BYTES == 32
+    EACH_PART {
+        q[2 * part] = (f4)_mm256_castps256_ps128((__m256)x.p[part]);
+        q[2 * part + 1] = (f4)_mm256_extractf128_ps((__m256)x.p[part], 1);
+    }
+#else
+    memcpy(q, &x, sizeof x);
+#endif
+}
 INLINE float vf_sum(vf x) {
     f4 q[4];
-    memcpy(q, &x, sizeof q);
+    vf_quarters(x, q);
     f4 sum = (q[0] + q[2]) + (q[1] + q[3]);
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 INLINE int32_t vi_sum(vi x) {
-    i4 q[4];
-    memcpy(q, &x, sizeof q);
-    i4 sum = (q[0] + q[2]) + (q[1] + q[3]);
+    f4 q[4];
+    vf_quarters(vf_from_bits(x), q);
+    i4 sum = ((i4)q[0] + (i4)q[2]) + ((i4)q[1] + (i4)q[3]);
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 INLINE f4 f4_max(f4 x, f4 y) {
+#if VECTOR_BYTES == 32
+    return (f4)_mm_max_ps((__m128)x, (__m128)y);
+#else
     i4 greater = x > y;
     return (f4)((greater & (i4)x) | (~greater & (i4)y));
+#endif
 }
 INLINE float vf_largest(vf x) {
     f4 q[4];
-    memcpy(q, &x, sizeof q);
+    vf_quarters(x, q);
     f4 top = f4_max(f4_max(q[0], q[2]), f4_max(q[1], q[3]));
     float even = top[0] > top[2] ? top[0] : top[2], odd = top[1] > top[3] ? top[1] : top[3];
     return even > odd ? even : odd;
@@ -166,8 +182,16 @@ INLINE vi vf_round(vf x) {
 
 /* Lanes that fit int8, as bytes. */
 INLINE void vi_store_bytes(int8_t *to, vi x) {
-    typedef int8_t bytes __attribute__((vector_size(PART_LANES), aligned(1), may_alias));
-    EACH_PART *(bytes *)(to + part * PART_LANES) = __builtin_convertvector(x.p[part], bytes);
+#if VECTOR_BYTES == 64
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)x.p[0]));
+#elif VECTOR_BYTES == 32
+    __m256i words = _mm256_packs_epi32((__m256i)x.p[0], (__m256i)x.p[1]); /* within each half: its lanes 0-3, then 8-11 */
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i *)to, bytes);
+#else
+    for (int i = 0; i < LANES; i++) to[i] = (int8_t)x.p[i / PART_LANES][i % PART_LANES];
+#endif
 }
 
 /* exp(x), relative error below 2e-7 for x in [-87, 88]; below it gives exp(-87), above it exp(88). Cephes' degree-5
@@ -216,12 +240,16 @@ INLINE vf vf_odd_bf16(vi pairs) {
     return r;
 }
 
-/* Round to nearest even; NaN stays NaN. */
-INLINE uint16_t bf16_from_float(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+/* Bits of bfloat16 in the low half of each lane: rounded to nearest even; NaN stays NaN. */
+INLINE vi vf_to_bf16(vf x) {
+    vi r;
+    EACH_PART {
+        upart bits = (upart)x.p[part];
+        ipart is_nan = (ipart)(bits & 0x7fffffff) > 0x7f800000;
+        upart rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        r.p[part] = (is_nan & 0x7fc0) | (~is_nan & (ipart)rounded);
+    }
+    return r;
 }
 
 #endif

@@ -25,13 +25,14 @@ app = App(
     help="Measure: predicted against measured, or load on an endpoint (`bench serve`).",
     help_format="plaintext",
     help_epilogue="""\
-Times real steps of the engine's runner at 48 points of (batch, context, prompt length): fits this machine's profile to
-23 of them and reports on the other 25. The profile is stored and used by `plan` and `serve`; the comparison is added to
+Times real steps of the engine's runner at 48 points of (batch, context, prompt
+length), fits this machine's profile to 23 of them and reports on the other 25.
+`plan` and `serve` use the stored profile; the comparison is added to
 bench/predictions.jsonl under the Megalith home.
 
 Examples:
   megalith bench                             SmolLM2 135M, all cores
-  megalith bench gemma3-270m --no-fit        another model, predicted with the stored profile
+  megalith bench gemma3-270m --no-fit        predict with the stored profile
   megalith bench --mode bf16 --threads 1     the torch path on one core
   megalith bench --out predictions.jsonl --json""",
 )

@@ -21,15 +21,17 @@ app = App(
 )
 
 _EXAMPLES = """\
-MODEL is a catalogue name (`megalith models` lists them), a GGUF file, a Hugging Face directory, or a model that is
-installed here. DEVICE is a catalogue name, `here` (this machine's processor) or `cuda` (its first GPU). Every figure is
-predicted; [low, high] should hold the measured value in nine cases of ten.
+MODEL is a catalogue name (`megalith models` lists them), a GGUF file, a
+Hugging Face directory, or a model that is installed here. DEVICE is a
+catalogue name, `here` (this machine's processor) or `cuda` (its first GPU).
+Every figure is predicted; [low, high] should hold the measured value in nine
+cases of ten.
 
 Examples:
-  megalith plan serve smollm2                                  on this machine
-  megalith plan serve llama-3.1-70b --device h100              one GPU, bf16: does not fit, and what would
-  megalith plan serve llama-3.1-70b --device h100 --devices 4  tensor-parallel over four
-  megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384 --batch 8
+  megalith plan serve smollm2                            on this machine
+  megalith plan serve llama-3.1-70b --device h100        what would fit?
+  megalith plan serve llama-3.1-70b --device h100 --devices 4
+  megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384
   megalith plan serve smollm2 --memory 256MiB --json"""
 app.help_epilogue = _EXAMPLES
 

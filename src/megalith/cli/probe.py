@@ -19,8 +19,9 @@ app = App(
     help="Measure this machine and store its profile.",
     help_format="plaintext",
     help_epilogue="""\
-Measures memory bandwidth, matrix products, attention, disk and process-to-process copies in under a minute. The result
-is stored under the Megalith home and used by `plan`, `serve` and `bench`.
+Measures memory bandwidth, matrix products, attention, disk and
+process-to-process copies in under a minute. The result is stored under the
+Megalith home; `plan`, `serve` and `bench` use it.
 
 Examples:
   megalith probe                      measure, store and print

@@ -63,10 +63,14 @@ GATES = (
 )
 
 
-def table(rows: list[Row], limit: Row) -> str:
-    """The gates as a Markdown table; empty when our own arm has not run."""
-    lines = [line for gate in GATES if (line := _against_peers(gate, rows, limit))]
-    lines += [*_threads(rows), *_quality(rows), *_own_limits(rows)]
+def table(rows: list[Row], limit: Row, every: list[Row] | None = None) -> str:
+    """The gates as a Markdown table; empty when our own arm has not run.
+
+    `rows` are the newest of each arm and case, `every` all of this machine: a ratio is taken within one run.
+    """
+    every = rows if every is None else every
+    lines = [line for gate in GATES if (line := _against_peers(gate, rows, limit, every))]
+    lines += [*_threads(rows, every), *_quality(rows), *_own_limits(rows)]
     if not lines:
         return ""
     heads = "| promise | achieved | best peer | ratio | bar | met | physical limit |\n"
@@ -74,13 +78,22 @@ def table(rows: list[Row], limit: Row) -> str:
     return "### Promises\n\n" + heads + rule + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _against_peers(gate: Gate, rows: list[Row], limit: Row) -> list[str]:
-    here = [row for row in rows if row.get("case") == gate.case and gate.figure in row]
-    ours = next((row for row in here if row["arm"] == OURS), None)
-    peers = [row for row in here if gate.peers(row)]
-    if ours is None or not peers:
+def _ours(case: str, figure: str, beside: Row, rows: list[Row], every: list[Row]) -> Row | None:
+    """Our row of `case` from the run of `beside`, else our newest."""
+    for row in [r for r in every if r.get("date") == beside.get("date")] + rows:
+        if row.get("case") == case and row.get("arm") == OURS and figure in row:
+            return row
+    return None
+
+
+def _against_peers(gate: Gate, rows: list[Row], limit: Row, every: list[Row]) -> list[str]:
+    peers = [row for row in rows if row.get("case") == gate.case and gate.figure in row and gate.peers(row)]
+    if not peers:
         return []
     best = max(peers, key=lambda row: float(row[gate.figure]))
+    ours = _ours(gate.case, gate.figure, best, rows, every)
+    if ours is None:
+        return []
     ratio = ours[gate.figure] / best[gate.figure]
     ceiling = f"{gate.limit(limit):.0f} tok/s" if gate.limit and limit else "-"
     return [
@@ -89,16 +102,17 @@ def _against_peers(gate: Gate, rows: list[Row], limit: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def _threads(rows: list[Row]) -> list[list[str]]:
+def _threads(rows: list[Row], every: list[Row]) -> list[list[str]]:
     lines = []
     for title, one, two, figure in (
         ("two threads, 32 requests", "batch-32", "two-threads-batch-32", "out_tok_s"),
         ("two threads, prefill", "prefill", "two-threads-prefill", "prefill_tok_s"),
     ):
-        found = {row["case"]: row for row in rows if row.get("arm") == OURS and row.get("case") in (one, two)}
-        if len(found) == 2 and all(figure in row for row in found.values()):
-            ratio = found[two][figure] / found[one][figure]
-            achieved, base = f"{found[two][figure]:.0f} tok/s", f"{found[one][figure]:.0f} (one thread)"
+        many = _ours(two, figure, {"date": "no run"}, rows, every)
+        single = _ours(one, figure, many, rows, every) if many else None
+        if many and single:
+            ratio = many[figure] / single[figure]
+            achieved, base = f"{many[figure]:.0f} tok/s", f"{single[figure]:.0f} (one thread)"
             lines.append([title, achieved, base, f"{ratio:.2f}", "1.5", "yes" if ratio >= 1.5 else "no", "2.00 x"])
     return lines
 

@@ -47,7 +47,7 @@ def write_results() -> None:
         machine = row["machine"]
         key = f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['flags'])}"
         machines.setdefault(key, []).append(row)
-    parts = [_INTRODUCTION, *(_machine(name, newest(rows)) for name, rows in machines.items())]
+    parts = [_INTRODUCTION, *(_machine(name, newest(rows), rows) for name, rows in machines.items())]
     RESULTS.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
 
@@ -61,9 +61,9 @@ How to get the peers, and what each figure means, is in [README.md](README.md).
 """
 
 
-def _machine(name: str, rows: list[Row]) -> str:
+def _machine(name: str, rows: list[Row], every: list[Row]) -> str:
     limit = next((row for row in rows if row["kind"] == "limits"), {})
-    parts = [f"## {name}\n", gates.table(rows, limit)]
+    parts = [f"## {name}\n", gates.table(rows, limit, every)]
     cases = {row["case"]: row.get("about", "") for row in rows if row["kind"] == "case"}
     parts += [_case(case, about, rows) for case, about in cases.items()]
     parts += [_http(rows), _quality(rows), _single_figures(rows), _splitfuse(rows), _limits(limit), _skipped(rows)]

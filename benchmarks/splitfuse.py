@@ -1,6 +1,6 @@
 """Dynamic SplitFuse (DeepSpeed-FastGen) on and off, on real tokens: the same engine, the same requests, two policies.
 
-    python benchmarks/splitfuse.py [--mode native] [--budget 64] [--long 4] [--repeats 3]
+    python benchmarks/splitfuse.py [--mode native] [--budget 128] [--long 8] [--repeats 3]
 
 Short requests decode while long prompts arrive among them. With `splitfuse` long prompts are cut to the token budget
 and ride along with the decodes; the control, `prefill-first`, runs each prompt whole and lets the decodes wait.
@@ -34,9 +34,9 @@ def main() -> None:
     """Run the trace under both policies in turn and append one row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", default="native", choices=["native", "bf16", "float32"])
-    parser.add_argument("--budget", type=int, default=64)
+    parser.add_argument("--budget", type=int, default=128)
     parser.add_argument("--short", type=int, default=8)
-    parser.add_argument("--long", type=int, default=4)
+    parser.add_argument("--long", type=int, default=8)
     parser.add_argument("--long-prompt", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()

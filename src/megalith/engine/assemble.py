@@ -93,8 +93,8 @@ class Assembler:
         np.add(batch.positions_M, 1, out=batch.positions_M)
         for i, sequence in enumerate(step.sequences):
             batch.tokens_M[i] = sequence.tokens[sequence.length - 1]
-        for i in np.flatnonzero(batch.positions_M % self._block_tokens == 0):
-            self._widen(batch, int(i), step.sequences[i])
+        for row in np.flatnonzero(batch.positions_M % self._block_tokens == 0).tolist():
+            self._widen(batch, row, step.sequences[row])
         if step.plain:
             np.add(step.sampling.draw_N, np.uint64(1), out=step.sampling.draw_N)
         else:

@@ -88,4 +88,8 @@ def main(model: str = "smollm2", threads: int = 1, seconds: float = 2.0) -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *(int(x) for x in sys.argv[2:3]), *(float(x) for x in sys.argv[3:4]))
+    main(
+        sys.argv[1] if len(sys.argv) > 1 else "smollm2",
+        int(sys.argv[2]) if len(sys.argv) > 2 else 1,
+        float(sys.argv[3]) if len(sys.argv) > 3 else 2.0,
+    )

@@ -27,14 +27,14 @@ INLINE vi dot_add(vi r, quad_bytes w, quad_in a) {
 /* 64 packed bytes: quad i in the low nibbles, quad i + 4 in the high ones. `room` is for code that needs memory. */
 INLINE void split_quads4(const uint8_t *from, uint8_t *room, quad_bytes *low, quad_bytes *high) {
     const __m512i mask = _mm512_set1_epi8(15);
-    __m512i x = _mm512_load_si512(from);
+    __m512i x = _mm512_loadu_si512(from); /* records of some formats are multiples of 32 bytes only */
     (void)room;
     *low = _mm512_and_si512(x, mask);
     *high = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
 }
 INLINE quad_bytes split_quad8(const uint8_t *from, uint8_t *room) {
     (void)room;
-    return _mm512_load_si512(from);
+    return _mm512_loadu_si512(from);
 }
 #else
 #define ROOM_BYTES 128

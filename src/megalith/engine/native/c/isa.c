@@ -2,6 +2,9 @@
 #include "model.h"
 
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #ifdef MEGALITH_HAVE_AVX512VNNI
 extern const struct kernels kernels_avx512vnni;
@@ -17,7 +20,9 @@ extern const struct kernels kernels_portable;
 static int machine_has(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init(); /* also asks the operating system whether it saves the wide registers */
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c = 0, d;
+    int f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1); /* not every compiler knows it by name */
+    int avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (strcmp(name, "avx2") == 0 || strcmp(name, "emulated") == 0) return avx2;
     if (strcmp(name, "avx512vnni") == 0)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -29,7 +29,7 @@ struct matrix {
     int32_t has_min;
     size_t record_bytes;
     size_t bytes;
-    uint8_t *data; /* 64-byte aligned */
+    uint8_t *data; /* 64-byte aligned; records are multiples of 32 bytes */
 };
 
 /* Rows of activations: a[row * inputs + k], and for each group its scale and scale * sum(a). */

@@ -28,7 +28,11 @@
 #define LANES 16
 #define PARTS (64 / VECTOR_BYTES)
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define EACH_PART UNROLL for (int part = 0; part < PARTS; part++)
 
 typedef float fpart __attribute__((vector_size(VECTOR_BYTES)));

@@ -169,5 +169,16 @@ def does_not_fit(plan: ServePlan) -> DoesNotFit:
         f"{format_bytes(plan.need_bytes)}{each} ({items}), which is {format_bytes(plan.need_bytes - plan.limit_bytes)} "
         f"more than the limit of {format_bytes(plan.limit_bytes)} ({plan.limit_source})."
     )
-    ways = "; or ".join(f"{remedy.change} (needs {format_bytes(remedy.need_bytes)})" for remedy in plan.remedies)
+    ways = "; or ".join(
+        f"{_spoken(remedy.change)} (needs {format_bytes(remedy.need_bytes)})"
+        for remedy in plan.remedies
+        if not remedy.change.startswith("--devices")  # an instance runs on one device
+    )
     return DoesNotFit(what, f"What would fit: {ways}.")
+
+
+def _spoken(change: str) -> str:
+    """A remedy in words where its flag belongs to `plan` alone: who serves cannot type it."""
+    for flag, words in (("--device ", "a device such as "), ("--format ", "weights in ")):
+        change = change.replace(flag, words)
+    return change

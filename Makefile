@@ -17,6 +17,7 @@ test: lint               ## set up, then check style, types, floors and run ever
 
 lint: $(DEV)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -37,6 +37,7 @@ def describe() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the code under test, with a + when the package differs from it."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         return done.stdout.strip()

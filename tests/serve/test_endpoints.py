@@ -357,6 +357,7 @@ def test_engine_failure_hurts_one_request_only() -> None:
 
     async def drive(server: Running) -> None:
         async with server.async_client() as client:
+
             async def ask(prompt: str, **kw: Any) -> httpx2.Response:
                 return await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 50, **kw})
 

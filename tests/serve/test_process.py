@@ -267,9 +267,7 @@ def test_the_official_client_talks_to_smollm2(tmp_path: Path) -> None:
             assert pieces[-1].usage == whole.usage or pieces[-1].usage is not None
             assert pieces[1].choices[0].logprobs is not None
             prompt = "The capital of France is"
-            plain = client.completions.create(
-                model="smollm2", prompt=prompt, max_tokens=4, echo=True, temperature=0
-            )
+            plain = client.completions.create(model="smollm2", prompt=prompt, max_tokens=4, echo=True, temperature=0)
             assert plain.choices[0].text.startswith(prompt + " Paris")
             with pytest.raises(openai.NotFoundError):
                 client.chat.completions.create(model="gpt-4", messages=question)

@@ -189,6 +189,7 @@ def test_one_broken_step_fails_one_request(make_engine: Callable[..., LocalEngin
 
     async def drive(server: Running) -> None:
         async with server.async_client() as client:
+
             async def ask(prompt: list[int]) -> httpx2.Response:
                 fields = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "logit_bias": {str(poison): -100}}
                 return await client.post("/v1/completions", json={"prompt": prompt, **fields})

@@ -120,8 +120,10 @@ def test_soak(make_engine: Callable[..., LocalEngine], tiny_model: OpenModel) ->
             metrics = client.get("/metrics").text
             assert client.get("/health").json()["kv_blocks_used"] == 0
     took = time.monotonic() - begin
-    print(f"soak: {dict(outcome)} in {took:.1f} s, {stats.generated_tokens} tokens, {stats.preemptions} preemptions, "
-          f"{stats.steps} steps, {stats.step_ns / 1e9:.1f} s in the runner, {stats.python_ns / 1e9:.1f} s around it")
+    print(
+        f"soak: {dict(outcome)} in {took:.1f} s, {stats.generated_tokens} tokens, {stats.preemptions} preemptions, "
+        f"{stats.steps} steps, {stats.step_ns / 1e9:.1f} s in the runner, {stats.python_ns / 1e9:.1f} s around it"
+    )
     assert sum(outcome.values()) == REQUESTS
     assert outcome["answered"] > 500
     assert outcome["streamed"] > 500

@@ -192,7 +192,10 @@ def _announce(url: str, name: str, took_ns: int, *, as_json: bool) -> None:
         print(line.decode(), flush=True)
         return
     print(f"ready in {format_duration(took_ns)}: {name} on {url}/v1")
-    print(f"""
+    print(
+        f"""
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-""", flush=True)
+""",
+        flush=True,
+    )

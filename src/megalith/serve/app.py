@@ -154,9 +154,7 @@ class SmallEndpoints:
         trouble = self._state.trouble(stats)
         if trouble is not None:
             raise ApiError(503, trouble, kind="server_error", code="unhealthy", headers=retry_after(5))
-        return _json(
-            Health(stats.running, stats.waiting, stats.swapped, stats.kv_blocks_used, stats.kv_blocks_total)
-        )
+        return _json(Health(stats.running, stats.waiting, stats.swapped, stats.kv_blocks_used, stats.kv_blocks_total))
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002
         """GET /metrics."""

@@ -156,9 +156,7 @@ def _head(state: AppState, request: GenerationRequest, answer_id: str, top: int 
     if options is not None and not request.stream:
         raise ApiError(400, "`stream_options` needs `stream: true`.", param="stream_options", code="invalid_value")
     usage = options is not None and options.include_usage
-    return Head(
-        answer_id, request.model or state.served_names[0], state.logprobs, top, usage, request.return_token_ids
-    )
+    return Head(answer_id, request.model or state.served_names[0], state.logprobs, top, usage, request.return_token_ids)
 
 
 def _job(request: GenerationRequest, choices: Sequence[Choice], shaper: Shaper, dropped: int = 0) -> Job:

@@ -80,9 +80,7 @@ class RequestTimer:
 
     __slots__ = ("_arrival_ns", "_first_ns", "_last_ns", "_metrics", "_now_ns", "_open", "_tokens")
 
-    def __init__(
-        self, metrics: ServerMetrics, arrival_ns: int, now_ns: Callable[[], int] = time.monotonic_ns
-    ) -> None:
+    def __init__(self, metrics: ServerMetrics, arrival_ns: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._metrics = metrics
         self._arrival_ns = arrival_ns
         self._now_ns = now_ns

@@ -40,9 +40,7 @@ class DeadlineProtocol(H11Protocol):
         self._waiting_since_ns = time.monotonic_ns()
         if len(self.connections) > self.limits.max_connections:
             text = f"The server has {self.limits.max_connections} connections open, its limit."
-            self._refuse(
-                ApiError(503, text, kind="server_error", code="too_many_connections", headers=retry_after(1))
-            )
+            self._refuse(ApiError(503, text, kind="server_error", code="too_many_connections", headers=retry_after(1)))
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser and note whether we are still waiting for headers, or for a body that nobody will read."""

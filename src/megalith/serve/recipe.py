@@ -22,9 +22,7 @@ from megalith.serve.config import ServeRecipe
 _TABLES = ("engine", "server")
 
 
-def build_recipe(
-    path: str | None, flags: Mapping[str, Mapping[str, Any]], assignments: Iterable[str]
-) -> ServeRecipe:
+def build_recipe(path: str | None, flags: Mapping[str, Mapping[str, Any]], assignments: Iterable[str]) -> ServeRecipe:
     """The recipe. `flags` are {table: {key: value}}, None values mean "not given". Raises ConfigError."""
     data = _read(path) if path is not None else {}
     for table, values in flags.items():

@@ -133,9 +133,7 @@ class ChatShaper:
     def delta_events(self, index: int, delta: Delta) -> bytes:
         """Content, then, at the end, an event with only the finish reason."""
         if self._plain:
-            events = (
-                b"".join((self._prefixes[index], _ENCODER.encode(delta.text), self._suffix)) if delta.text else b""
-            )
+            events = b"".join((self._prefixes[index], _ENCODER.encode(delta.text), self._suffix)) if delta.text else b""
         elif delta.text or delta.token_ids:
             choice = ChatChunkChoice(
                 index,

@@ -63,7 +63,7 @@ def test_reports_the_delays_that_the_server_makes(api: str) -> None:
     assert report.tpot_ns is not None
     assert report.ttft_ns.minimum >= 80 * MS
     assert report.itl_ns.count == 12 * 10
-    assert report.tpot_ns.minimum > 15 * MS
+    assert report.tpot_ns.p50 > 15 * MS  # of one request it is less when its first piece was held up
     assert report.itl_ns.mean == pytest.approx(report.tpot_ns.mean, rel=1e-6)
 
 

@@ -154,3 +154,12 @@ def test_two_interrupts_at_the_prompt_leave() -> None:
         chat.until("> ")
         chat.interrupt(then="\n")
         assert chat.end() == 130
+
+
+def test_a_missing_trace_is_one_paragraph() -> None:
+    with serving(PacedApp(0.0, 0.0)) as url:
+        process = start("bench", "serve", "--url", url, "--trace", "nowhere.csv")
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "There is no trace at nowhere.csv" in errors
+    assert "Traceback" not in errors

@@ -147,6 +147,7 @@ def test_generic_traces(tmp_path: Path, name: str, text: str) -> None:
         ("t.csv", "at_s,input_tokens,output_tokens\nsoon,1,1\n"),
         ("t.jsonl", "[1, 2]\n"),
         ("t.jsonl", "{broken\n"),
+        ("t.csv", "at_s,input_tokens,output_tokens\n0,-5,1\n"),
     ],
 )
 def test_a_broken_trace_names_its_line(tmp_path: Path, name: str, text: str) -> None:
@@ -154,6 +155,13 @@ def test_a_broken_trace_names_its_line(tmp_path: Path, name: str, text: str) -> 
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"Request 1|Line 1"):
         list(read_trace(path))
+
+
+@pytest.mark.parametrize(("name", "data"), [("t.jsonl.gz", b"not gzip"), ("t.csv", b"at_s\xff\xfe\n1\n")])
+def test_a_trace_that_is_not_text_is_refused_in_words(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        list(read_trace(tmp_path / name))
 
 
 def test_a_missing_trace_and_a_stopped_clock() -> None:

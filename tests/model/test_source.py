@@ -91,6 +91,11 @@ def test_a_part_that_is_not_installed(home: Path, parts: Path) -> None:
     assert "tiny" not in [f.name for f in list_local()]
 
 
+def test_a_known_model_without_weights_says_so(home: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"in the catalogue.*not on this machine.*megalith plan serve llama-2-7b"):
+        resolve("llama-2-7b")
+
+
 def test_unknown_names_get_the_nearest(home: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"'smolm2'.*Nearest names: smollm2"):
         resolve("smolm2")

@@ -53,6 +53,7 @@ def test_here_is_a_device(capsys: pytest.CaptureFixture[str]) -> None:
         ("plan serve llama-3.1-8b --device h100 --format q9", "q4_1"),
         ("plan serve llama-3.1-8b --device h100 --contxt 5", "--context"),
         ("plan serve ./no/such.gguf", "no file"),
+        ("plan serve smollm2 --context 0", "context"),
     ],
 )
 def test_mistakes_name_what_works(tokens: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,7 @@ def test_drain_deadline_and_second_signal(tiny_arguments: list[str], tmp_path: P
         process.signal(signal.SIGINT)
         assert process.popen.wait(20) == 128 + signal.SIGINT
         assert time.monotonic() - begin < 10
+        assert "Traceback" not in process.errors()
 
 
 def test_idle_server_ends_at_once_with_zero(tiny_arguments: list[str], tmp_path: Path) -> None:

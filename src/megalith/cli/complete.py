@@ -80,7 +80,7 @@ class Sampling:
         from megalith.engine.params import SamplingParams
 
         return SamplingParams(
-            max_tokens=self.max_tokens or max_tokens,
+            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
             temperature=temperature if self.temperature is None else self.temperature,
             top_p=self.top_p,
             seed=self.seed,

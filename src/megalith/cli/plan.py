@@ -96,7 +96,8 @@ def _request(model: str, question: Question) -> ServeRequest:
         model=planned.name, spec=planned.spec, profile=profile,
         weights=planned.weights(profile.kind, question.weight_format or ("f32" if exact else None)),
         limit_bytes=limit, limit_source=limit_source,
-        context=question.context or min(planned.spec.max_context, 4096), batch=question.batch,
+        context=min(planned.spec.max_context, 4096) if question.context is None else question.context,
+        batch=question.batch,
         prompt_tokens=question.prompt, kv_format=question.kv_format, devices=question.devices,
         rows=256 if question.device == "here" else 2048, outputs=question.batch,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Literal
 from megalith.base.errors import MachineError, ModelFormatError, ModelNotFound
 from megalith.base.home import home_dir
 from megalith.base.units import format_bytes
+from megalith.specs import catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,12 @@ def resolve(name_or_path: str) -> ModelFiles:
     own = {files.name: files for files in _own_models()}
     if name_or_path in own:
         return own[name_or_path]
+    if name_or_path in catalog.models():
+        raise ModelNotFound(
+            f"{name_or_path!r} is in the catalogue, but its weights are not on this machine.",
+            f"`megalith plan serve {name_or_path}` works without them; else give the path of its .gguf file or of its "
+            "Hugging Face directory.",
+        )
     known = sorted({packaged.name for packaged in _PACKAGED} | own.keys())
     near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.0)
     raise ModelNotFound(

@@ -174,7 +174,7 @@ def does_not_fit(plan: ServePlan) -> DoesNotFit:
         for remedy in plan.remedies
         if not remedy.change.startswith("--devices")  # an instance runs on one device
     )
-    return DoesNotFit(what, f"What would fit: {ways}.")
+    return DoesNotFit(what, f"What would fit: {ways}." if ways else "No device of the catalogue holds it alone.")
 
 
 def _spoken(change: str) -> str:

@@ -17,7 +17,7 @@ from megalith.specs.plan import Remedy
 
 
 def remedies(request: ServeRequest) -> tuple[Remedy, ...]:
-    """Changes that make it fit, the least painful first; the last one is always the memory that it does need."""
+    """Changes that make it fit, the least painful first; last, the memory it needs where the device has it."""
     found = [
         *_smaller_context(request),
         *_fewer_sequences(request),
@@ -27,10 +27,11 @@ def remedies(request: ServeRequest) -> tuple[Remedy, ...]:
     ]
     need = _need(request)
     rounded = -(-need // MIB) * MIB
-    found.append(
-        Remedy(change=f"give it {format_bytes(rounded)} instead of {format_bytes(request.limit_bytes)}",
-               need_bytes=need, limit_bytes=rounded)
-    )  # fmt: skip
+    if rounded <= request.profile.memory_bytes:
+        found.append(
+            Remedy(change=f"give it {format_bytes(rounded)} instead of {format_bytes(request.limit_bytes)}",
+                   need_bytes=need, limit_bytes=rounded)
+        )  # fmt: skip
     return tuple(found)
 
 

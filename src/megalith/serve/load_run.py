@@ -130,6 +130,8 @@ class LoadRun:
                 issuing.cancel()
             await asyncio.gather(issuing, stopping, return_exceptions=True)
             if not issuing.cancelled() and (failure := issuing.exception()) is not None:
+                while isinstance(failure, BaseExceptionGroup) and len(failure.exceptions) == 1:
+                    failure = failure.exceptions[0]  # one bad trace row is one failure, not a group of tasks
                 raise failure
         finally:
             self._client.close()

@@ -12,6 +12,7 @@ import io
 import math
 import random
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -133,6 +134,13 @@ def read_trace(path: Path, speedup: float = 1.0) -> Iterator[RequestShape]:
         raise ConfigError(f"--speedup {speedup:g} stops time.", "Give a number above 0; 2 is twice as fast.")
     if not path.is_file():
         raise ConfigError(f"There is no trace at {path}.", "Give a .csv or .jsonl file, gzipped or not.")
+    try:
+        yield from _read_rows(path, speedup)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise ConfigError(f"The trace {path} cannot be read ({error}).", "Give UTF-8 text, gzipped or not.") from None
+
+
+def _read_rows(path: Path, speedup: float) -> Iterator[RequestShape]:
     start_s: float | None = None
     with _open_text(path) as lines:
         name = path.name.removesuffix(".gz")
@@ -146,6 +154,8 @@ def read_trace(path: Path, speedup: float = 1.0) -> Iterator[RequestShape]:
                 raise ConfigError(f"Request {index + 1} of {path} cannot be read ({error!r}).", hint) from None
             start_s = at_s if start_s is None else start_s
             due_ns = max(0, round((at_s - start_s) / speedup * NS_PER_S))
+            if input_tokens < 0 or output_tokens < 0:
+                raise ConfigError(f"Request {index + 1} of {path} has {input_tokens} and {output_tokens} tokens.")
             yield RequestShape(index, due_ns, max(1, input_tokens), max(1, output_tokens), hashes)
 
 

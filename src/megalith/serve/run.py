@@ -144,6 +144,8 @@ class Runner:
         if self._server.started:
             on_ready(url_of(self._sock))
         await serving
+        if self._server.force_exit:  # uvicorn skips this then, and cancelling its task prints a traceback
+            await self._server.lifespan.shutdown()
         if self._drain is not None:
             await self._drain
         return self.exit_code

@@ -388,3 +388,14 @@ def test_a_bug_is_a_500_without_inner_details(caplog: pytest.LogCaptureFixture) 
         assert answer.headers["x-request-id"] in answer.text
         assert client.get("/health").status_code == 200
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_refused_request_does_not_count_as_aborted(client: httpx2.Client) -> None:
+    def aborted() -> str:
+        name = 'megalith:request_success_total{finished_reason="abort",model_name="bytes"}'
+        return next(line for line in client.get("/metrics").text.splitlines() if line.startswith(name))
+
+    before = aborted()
+    body = {"model": "bytes", "prompt": list(range(1, 200)) * 4, "max_tokens": 5}
+    assert client.post("/v1/completions", json=body).status_code == 400
+    assert aborted() == before

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
+from megalith.base.errors import MegalithError
 from megalith.engine.api import AsyncEngine, Delta
 from megalith.serve.metrics import RequestTimer, ServerMetrics
 from megalith.serve.sampling import Choice
@@ -50,6 +51,9 @@ class FanIn:
                 yield choice.index, delta
                 if delta.finish_reason is not None:
                     return
+        except MegalithError:  # raised before the first delta only (AsyncEngine.generate)
+            timer.refuse()
+            raise
         finally:
             timer.close()
             close = getattr(deltas, "aclose", None)

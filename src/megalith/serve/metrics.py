@@ -117,6 +117,10 @@ class RequestTimer:
         if self._tokens > 1:
             metrics.tpot_s.observe((self._last_ns - self._first_ns) / NS_PER_S / (self._tokens - 1))
 
+    def refuse(self) -> None:
+        """The engine did not take the request: it never ran, so it does not count as ended."""
+        self._open = False
+
     def close(self) -> None:
         """The request is over, however it went; one that had not finished counts as `abort`."""
         if self._open:

@@ -5,11 +5,11 @@ Knows nothing of sockets or requests; it is data plus the rules that make it saf
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Literal
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
+from megalith.base.loopback import is_loopback
 from megalith.base.units import MIB, NS_PER_S
 from megalith.engine.api import EngineConfig
 
@@ -76,12 +76,7 @@ class ServerConfig(Config, frozen=True):
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     def check_bind(self) -> None:
         """Refuse to listen beyond this machine without API keys. Raises ConfigError."""

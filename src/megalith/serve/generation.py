@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -43,7 +44,7 @@ class Job:
     """Generated tokens of each choice that the answer leaves out (echo with max_tokens 0)."""
 
 
-class GenerationEndpoint(Generic[Q]):
+class GenerationEndpoint(ABC, Generic[Q]):
     """An ASGI endpoint around `prepare`, which a subclass gives."""
 
     request_type: type[Q]
@@ -51,9 +52,9 @@ class GenerationEndpoint(Generic[Q]):
     def __init__(self, state: AppState) -> None:
         self.state = state
 
+    @abstractmethod
     async def prepare(self, request: Q, record: RequestRecord) -> Job:
         """Check `request` and turn it into a Job. Raises ApiError or RequestError."""
-        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; returns without answering when the client has left."""

@@ -8,7 +8,6 @@ Knows HTTP framing and connection reuse; knows nothing of JSON, models or tokens
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import ssl
 import time
@@ -17,6 +16,7 @@ from typing import Literal, Protocol, cast
 from urllib.parse import urlsplit
 
 from megalith.base.errors import ConfigError, MachineError
+from megalith.base.loopback import is_loopback
 
 _MAX_HEAD_BYTES = 65_536
 _CONNECT_TIMEOUT_S = 10.0
@@ -46,12 +46,7 @@ class Endpoint:
 
     def is_loopback(self) -> bool:
         """Whether the host is this machine by its name or address; names are not looked up."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """A whole request as bytes; `path` is relative to `base_path`."""

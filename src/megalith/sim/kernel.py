@@ -1,0 +1,68 @@
+"""The event kernel: a heap of callbacks in integer nanoseconds, and a hash of all that was decided.
+
+Knows time and order; knows nothing of requests. Two events of the same nanosecond run in the order (priority, order of
+scheduling), so a run is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from hashlib import blake2b
+from heapq import heappop, heappush
+from typing import Any
+
+OUTSIDE, STEP_END = 0, 1
+"""Priorities: what comes from outside an instance is seen by the plan that is formed in the same nanosecond."""
+
+_LOG_WORDS = 1 << 13
+
+
+class Kernel:
+    """Virtual time. `now_ns` is the time of the event that runs."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.events = 0
+        self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []
+        self._order = 0
+        self._log = array("q")
+        self._hash = blake2b(digest_size=16)
+
+    def at(self, time_ns: int, call: Callable[[Any], object], argument: Any = None, priority: int = OUTSIDE) -> None:
+        """Call `call(argument)` at `time_ns`, which must not be in the past."""
+        if time_ns < self.now_ns:
+            raise ValueError(f"{time_ns} ns is before now, {self.now_ns} ns")
+        self._order += 1
+        heappush(self._heap, (time_ns, priority, self._order, call, argument))
+
+    def run(self, until_ns: int | None = None) -> None:
+        """Run events in order until none is left, or only ones after `until_ns`."""
+        heap = self._heap
+        while heap:
+            if until_ns is not None and heap[0][0] > until_ns:
+                self.now_ns = until_ns
+                return
+            time_ns, _, _, call, argument = heappop(heap)
+            self.now_ns = time_ns
+            self.events += 1
+            call(argument)
+
+    def log(self, kind: int, subject: int, value: int) -> None:
+        """Add a decision to the hash. Only what leaping and stepping have in common may be logged."""
+        log = self._log
+        log.extend((self.now_ns, kind, subject, value))
+        if len(log) >= _LOG_WORDS:
+            self._flush()
+
+    def digest(self) -> str:
+        """Hash of everything logged so far, as hexadecimal text; the same for the same seed on every machine."""
+        self._flush()
+        return self._hash.hexdigest()
+
+    def _flush(self) -> None:
+        log = self._log
+        if log.itemsize != 8:
+            raise RuntimeError("an int64 has 8 bytes everywhere")
+        self._hash.update(b"".join([word.to_bytes(8, "little", signed=True) for word in log]))
+        del log[:]

@@ -1,0 +1,96 @@
+"""FleetSpec: pools of instances, their links, router and controllers: what a person writes to say what to simulate.
+
+Knows names and numbers. Must not know models, costs or policies; names are resolved above.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from megalith.base.config import Config
+
+
+class PolicySpec(Config):
+    """A policy by name, with its options."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class PoolSpec(Config, kw_only=True):
+    """Instances of one kind."""
+
+    name: str
+    device: str
+    """Name of a catalogue device, or `this-machine`."""
+    count: int
+    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    policy: str = "splitfuse"
+    """Batch policy of each instance."""
+    token_budget: int = 2048
+    max_sequences: int = 256
+    max_waiting: int = 1_000_000
+    block_tokens: int = 16
+    kv_blocks: int | None = None
+    """None: what the memory of the devices leaves beside the weights."""
+    prefix_cache: bool = True
+    watermark: float = 0.01
+    """Share of the blocks that stays free at admission."""
+    preempt: Literal["recompute", "swap"] = "recompute"
+    host_blocks: int = 0
+    power_cap: float | None = None
+    """Fraction of the rated power; None is uncapped."""
+    max_count: int | None = None
+    """Most instances that scaling may make of it; None: no bound but `count`."""
+    start_s: float = 0.0
+    """From the decision to start one more instance until it serves: machine, weights, warm-up."""
+
+    @property
+    def devices(self) -> int:
+        """Devices of the whole pool."""
+        return self.count * self.tensor_parallel * self.pipeline_parallel
+
+
+class LinkSpec(Config, kw_only=True):
+    """The network between instances. Both ends share their port among transfers that run at once."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    contention: bool = True
+    """False: every transfer has the whole link."""
+
+
+class PowerSpec(Config, kw_only=True):
+    """One power domain that holds all pools: budget, telemetry and actuators."""
+
+    budget_w: float
+    telemetry_s: float = 2.0
+    actuation_s: float = 40.0
+
+
+class FaultSpec(Config, kw_only=True):
+    """Failures and stragglers to inject, drawn from the seed."""
+
+    mtbf_h: float | None = None
+    """Mean time between failures of one instance."""
+    repair_s: float = 600.0
+    at_s: tuple[float, ...] = ()
+    """Fail an instance at these times as well."""
+    straggler_share: float = 0.0
+    straggler_factor: float = 1.0
+    """That share of the instances takes this many times as long for a step."""
+
+
+class FleetSpec(Config, kw_only=True):
+    """All of a cluster but the load on it."""
+
+    pools: tuple[PoolSpec, ...]
+    router: PolicySpec = PolicySpec(name="least-outstanding")
+    controllers: tuple[PolicySpec, ...] = ()
+    link: LinkSpec = LinkSpec(bytes_per_s=25e9, latency_s=10e-6)
+    heartbeat_s: float = 0.0
+    """Age of the facts that policies see: 0 is exact, else they are taken this often."""
+    power: PowerSpec | None = None
+    faults: FaultSpec = FaultSpec()

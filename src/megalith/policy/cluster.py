@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from megalith.policy.facts import Request, RequestId
 
@@ -47,11 +47,13 @@ class InstanceFacts(Protocol):
     accepting: bool
     """False while it starts, drains or is down."""
     outstanding: int
-    """Requests routed here that have not finished or left."""
+    """Requests routed here that have not finished or left. One whose decode is to run here counts from its routing, not
+    from the moment when its KV comes."""
     pending_tokens: int
-    """Prompt tokens routed here whose prompt is not done."""
+    """Prompt tokens routed here whose prompt is not done. They count where the prompt runs, not where it decodes."""
     promised_tokens: int
-    """Prompt tokens and most new tokens of everything routed here: the memory that it may come to need."""
+    """Prompt tokens and most new tokens of everything routed here: the memory that it may come to need. Where only the
+    prompt runs it is the prompt and one token, until the KV has left."""
     kv_blocks: int
     block_tokens: int
     clock: float
@@ -166,7 +168,8 @@ class SetRole:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Start (delta above 0) or drain and stop (below 0) instances of a pool."""
+    """Start (delta above 0) or drain and stop (below 0) instances of a pool. Below 0 it takes those first that drain
+    already (infinite headroom), then those with the fewest outstanding requests, then the highest id."""
 
     pool: str
     delta: int
@@ -174,7 +177,8 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Set blocks aside on an instance, as the load of a request that is not there; infinity drains it."""
+    """Set blocks aside on an instance, as the load of a request that is not there. Infinity drains it: it accepts no
+    more requests, what runs goes on or is migrated away. A finite number after that ends the draining."""
 
     instance: InstanceId
     blocks: float
@@ -198,8 +202,14 @@ Command: TypeAlias = Migrate | SetRole | Scale | Headroom | SetClock
 class Event:
     """Something that a controller may listen to.
 
-    Kinds: tick, arrival, first_token, finish, preempt, idle (an instance has nothing left), telemetry (data: domain,
-    power_w, budget_w), up, down, command (data: command, outcome "done" | "refused" | "aborted", reason).
+    | kind | subject | data |
+    |---|---|---|
+    | tick | -1: one for each controller with a period | |
+    | arrival, first_token, preempt | request | instance |
+    | finish | request | instance, prompt_tokens, new_tokens (generated), outcome ("finished", "rejected", "failed") |
+    | idle (it has nothing left to run), up, down | instance | |
+    | telemetry | -1 | domain, power_w, budget_w |
+    | command (one for each command, when it is over) | -1 | command, outcome ("done", "refused", "aborted"), reason |
     """
 
     kind: str
@@ -212,12 +222,25 @@ class Event:
 
 
 class Router(Protocol):
-    """Says where a request goes, at its arrival."""
+    """Says where a request goes, at its arrival.
+
+    A router that has to act on instances when it routes (Splitwise borrows one of another pool) also has the method
+    of Commanding. A router that is a Controller too takes part as one; it is not named among the controllers again.
+    """
 
     name: str
 
     def route(self, request: Request, view: View) -> Placement:
         """Must be deterministic; randomness comes from its own seeded counter."""
+        ...
+
+
+@runtime_checkable
+class Commanding(Protocol):
+    """A router whose placements come with commands."""
+
+    def commands(self) -> Sequence[Command]:
+        """What the last route() wants done, in order; asked once after it and carried out before its placement is."""
         ...
 
 

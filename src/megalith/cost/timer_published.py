@@ -1,0 +1,91 @@
+"""Published coefficient models as timers, by name, from catalog/timers/*.toml.
+
+Knows names, units and sources of published figures; computes nothing but units.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+
+from megalith.base.config import Config, convert
+from megalith.base.errors import ConfigError
+from megalith.cost.timer_linear import DecodeTerms, LinearTimer, PromptTerms
+from megalith.cost.timer_phases import PhasePower
+
+_PS_PER_MS = 1_000_000_000
+
+
+class PublishedRegime(Config, kw_only=True):
+    """Decode steps from `from_decodes` decodes on, in milliseconds."""
+
+    from_decodes: int
+    fixed_ms: float
+    per_decode_ms: float
+    per_context_token_ms: float
+
+    def terms(self) -> DecodeTerms:
+        """In whole picoseconds."""
+        return DecodeTerms(_ps(self.fixed_ms), _ps(self.per_decode_ms), _ps(self.per_context_token_ms))
+
+
+class PublishedTimer(Config, kw_only=True):
+    """One published model of step times, in milliseconds as printed; see `timer_linear` for the terms."""
+
+    title: str
+    model: str
+    """Catalogue name of the model it was measured on or resembles."""
+    device: str
+    tensor_parallel: int = 1
+    step_ms: float = 0.0
+    prompt_fixed_ms: float
+    prompt_token_ms: float
+    prompt_square_ms: float = 0.0
+    decode_fixed_ms: float
+    per_decode_ms: float = 0.0
+    per_context_token_ms: float = 0.0
+    regimes: tuple[PublishedRegime, ...] = ()
+    kv_tokens: int | None = None
+    """KV capacity of one instance in tokens, where it was published."""
+    power_w: tuple[float, float, float] | None = None
+    """Idle, prompt and decode watts of one device, where they were published."""
+    source: str
+    date: str
+
+    def timer(self) -> LinearTimer:
+        """The timer of these figures, rounded to whole picoseconds."""
+        return LinearTimer(
+            PromptTerms(_ps(self.prompt_fixed_ms), _ps(self.prompt_token_ms), _ps(self.prompt_square_ms)),
+            DecodeTerms(_ps(self.decode_fixed_ms), _ps(self.per_decode_ms), _ps(self.per_context_token_ms)),
+            _ps(self.step_ms),
+            [(regime.from_decodes, regime.terms()) for regime in self.regimes],
+            PhasePower(*self.power_w) if self.power_w else None,
+        )  # fmt: skip
+
+
+@functools.cache
+def published_timers() -> Mapping[str, PublishedTimer]:
+    """Every published timer of the catalogue by its name."""
+    found: dict[str, PublishedTimer] = {}
+    root = files("megalith").joinpath("catalog", "timers")
+    for file in sorted(root.iterdir(), key=lambda item: item.name):
+        if file.name.endswith(".toml"):
+            for name, table in tomllib.loads(file.read_text(encoding="utf-8")).get("timers", {}).items():
+                found[name] = convert(table, PublishedTimer, f"catalog/timers/{file.name}, {name}")
+    return found
+
+
+def published(name: str) -> PublishedTimer:
+    """The published timer of that name. Raises ConfigError with the nearest names."""
+    known = published_timers()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(known)
+    raise ConfigError(f"There is no published timer {name!r} ({len(known)} known).", f"Did you mean {', '.join(near)}?")
+
+
+def _ps(milliseconds: float) -> int:
+    return round(milliseconds * _PS_PER_MS)

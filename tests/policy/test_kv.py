@@ -24,7 +24,7 @@ def sealed(kv: KvAccount, request_id: int, tokens: int, hashes: tuple[int, ...])
 
 def test_open_covers_the_tokens_and_release_gives_all_back() -> None:
     kv = KvAccount(8, 4)
-    assert len(opened(kv, 1, 9).table.blocks) == 3
+    assert opened(kv, 1, 9).table.held == 3
     assert (kv.used_blocks, kv.free_blocks) == (3, 5)
     kv.release(1)
     assert kv.free_blocks == 8
@@ -50,9 +50,9 @@ def test_grow_appends_one_block_until_none_is_left() -> None:
     kv = KvAccount(2, 4)
     table = opened(kv, 1, 4).table
     assert kv.grow(table)
-    assert len(table.blocks) == 2
+    assert table.held == 2
     assert not kv.grow(table)
-    assert len(table.blocks) == 2
+    assert table.held == 2
 
 
 def test_prefix_hits_share_blocks() -> None:
@@ -60,8 +60,8 @@ def test_prefix_hits_share_blocks() -> None:
     first = sealed(kv, 1, 10, (11, 12))
     second = opened(kv, 2, 12, (11, 12, 13))
     assert second.hit_blocks == 2
-    assert second.table.blocks[:2] == first.table.blocks[:2]
-    assert second.table.blocks[2] != first.table.blocks[2]
+    assert kv.materialise(second.table)[:2] == kv.materialise(first.table)[:2]
+    assert kv.materialise(second.table)[2] != kv.materialise(first.table)[2]
     assert kv.used_blocks == 4
     kv.release(1)
     kv.check_integrity()
@@ -89,12 +89,12 @@ def test_a_whole_prompt_is_never_a_hit() -> None:
 
 def test_a_duplicate_hash_keeps_the_older_block() -> None:
     kv = KvAccount(8, 4)
-    older = sealed(kv, 1, 4, (11,)).table.blocks[0]
+    older = kv.materialise(sealed(kv, 1, 4, (11,)).table)[0]
     newer = kv.open(2, 4, ())
     assert isinstance(newer, Opened)
     kv.seal(newer.table, 11)
     kv.check_integrity()
-    assert opened(kv, 3, 5, (11,)).table.blocks[0] == older
+    assert kv.materialise(opened(kv, 3, 5, (11,)).table)[0] == older
     kv.release(2)
     kv.check_integrity()
     assert kv.idle_blocks == 0, "the duplicate is not cached"
@@ -156,7 +156,7 @@ def test_without_prefix_cache_nothing_is_kept() -> None:
 def test_swap_out_copies_what_is_computed_and_swap_in_brings_it_back() -> None:
     kv = KvAccount(4, 4, num_host_blocks=3)
     table = opened(kv, 1, 16).table
-    blocks = tuple(table.blocks)
+    blocks = tuple(kv.materialise(table))
     out = kv.swap_out(1, tokens=9)
     assert isinstance(out, SwappedOut)
     assert out.device_blocks == blocks[:3]
@@ -166,7 +166,7 @@ def test_swap_out_copies_what_is_computed_and_swap_in_brings_it_back() -> None:
     back = kv.swap_in(1, 16, ())
     assert isinstance(back, SwappedIn)
     assert back.host_blocks == out.host_blocks
-    assert back.device_blocks == tuple(back.table.blocks[:3])
+    assert back.device_blocks == tuple(kv.materialise(back.table)[:3])
     assert kv.free_host_blocks == 3
     kv.check_integrity()
 
@@ -180,7 +180,7 @@ def test_swap_in_needs_no_copy_for_what_the_prefix_cache_still_has() -> None:
     assert isinstance(back, SwappedIn)
     assert back.hit_blocks == 2
     assert back.host_blocks == out.host_blocks[2:]
-    assert back.device_blocks == tuple(back.table.blocks[2:])
+    assert back.device_blocks == tuple(kv.materialise(back.table)[2:])
     kv.check_integrity()
 
 
@@ -217,11 +217,11 @@ def lose_a_block(kv: KvAccount) -> None:
 
 
 def forget_a_reference(kv: KvAccount) -> None:
-    kv._references[kv.table(1).blocks[0]] = 0
+    kv._references[kv.materialise(kv.table(1))[0]] = 0
 
 
 def own_twice(kv: KvAccount) -> None:
-    kv.table(1).blocks.append(kv._free[-1])
+    kv.materialise(kv.table(1)).append(kv._free[-1])
 
 
 def free_twice(kv: KvAccount) -> None:

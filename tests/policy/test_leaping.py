@@ -51,6 +51,8 @@ def schedulers(draw: st.DrawFn) -> Scheduler:
 def state(scheduler: Scheduler) -> dict[str, Any]:
     """Everything that a later decision can depend on, down to the order of the free list."""
     kv, roster = scheduler.kv, scheduler._roster
+    for member in roster.cohort.members:
+        roster.cohort.settle(member)
     return {
         "sequences": {
             s.request.id: (
@@ -58,13 +60,17 @@ def state(scheduler: Scheduler) -> dict[str, Any]:
                 s.known,
                 s.computed,
                 s.cached,
-                tuple(s.table.blocks),
+                s.table.held,
+                len(s.table.blocks),
                 s.table.sealed,
                 tuple(s.hashes),
             )
             for s in roster.sequences.values()
         },
         "running": [s.request.id for s in roster.running],
+        "clock": roster.cohort.clock,
+        "contexts": roster.cohort.context_sum,
+        "promised": kv._promised,
         "queue": sorted(s.rank for s in roster.queue),
         "free": list(kv._free),
         "idle": list(kv._idle),
@@ -262,6 +268,7 @@ def test_a_step_that_completes_a_prompt_block_has_no_repeats() -> None:
 def test_the_table_is_right_for_the_next_run_after_each_complete() -> None:
     scheduler = decoding([4], 64)
     plan = scheduler.plan()
-    while scheduler.valid(plan) and scheduler.progress(0).known < 40:
+    scheduler.complete(plan)
+    while scheduler.again(plan) and scheduler.progress(0).known < 40:
         assert len(scheduler.block_table(0)) * BLOCK_TOKENS >= scheduler.progress(0).known
         scheduler.complete(plan)

@@ -84,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.plan()
         while plan.chunks:
             gone = self.executor.run(plan) if plan.repeats == 0 else self.run_again(plan)
-            if gone or not self.scheduler.valid(plan):
+            if gone or not self.scheduler.again(plan):
                 return
 
     def run_again(self, plan) -> list[int]:  # type: ignore[no-untyped-def]

@@ -579,6 +579,7 @@ def test_check_integrity_finds_a_request_in_two_places() -> None:
     run.add(1, prompt(0, 4), 9)
     run.step()
     run.scheduler.check_integrity()
-    run.scheduler._roster.running.clear()
+    run.scheduler._roster.cohort.members.clear()
+    run.scheduler._roster.prompts.clear()
     with pytest.raises(IntegrityError, match="running"):
         run.scheduler.check_integrity()

@@ -10,7 +10,6 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -126,7 +125,7 @@ class Engine:
 
     def _next_plan(self, emitted: list[Emitted]) -> StepPlan:
         """The plan in hand while it stays valid, else a new one with its copies made."""
-        if self._plan is not None and self.scheduler.valid(self._plan):
+        if self._plan is not None and self.scheduler.again(self._plan):
             self._runs += 1
             return self._plan
         plan = self.scheduler.plan()
@@ -163,7 +162,7 @@ class Engine:
             result = self._run(step)
         except Exception as error:
             self._input = None
-            later = tuple([replace(c, context_tokens=c.context_tokens + self._runs) for c in plan.chunks])
+            later = tuple([c._replace(context_tokens=c.context_tokens + self._runs) for c in plan.chunks])
             results = self._halves(self._alive(later), error, emitted)
             self._failed_steps = 0 if results else self._failed_steps + 1
             self._detail = describe(error)

@@ -1,6 +1,6 @@
 """One step while it is being put together: the shape that a batch policy asked for, filled in rank order.
 
-Knows the roster, one step shape and the limits; does not know how long the step will stay right (horizon.py).
+Knows the roster, one step shape and the limits; does not know how long the step will stay right (cohort.py).
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ class Draft:
         "_roster",
         "_shape",
         "chunks",
+        "decodes",
         "preempts",
         "resumes",
         "rows",
     )
 
     def __init__(self, roster: Roster, shape: StepShape, max_sequences: int, mode: PreemptMode) -> None:
+        self.decodes = 0
+        """Members of the cohort, when all of them are in; 0 when they are listed or not in."""
         self.rows: list[Sequence] = []
         self.chunks: list[Chunk] = []
-        """Parallel to rows."""
+        """Parallel to rows: all that is listed one by one."""
         self.preempts: list[Preempt] = []
         self.resumes: list[Resume] = []
         self._roster = roster
@@ -46,26 +49,22 @@ class Draft:
     def fill(self) -> bool:
         """Form the step. True when the next one would be the same but for one more token of context in each row.
 
-        So it is when all running requests are in it, each decodes, nothing is preempted or resumed, and no block is
-        about to enter the prefix cache, where it might let a waiting request in.
+        So it is when all running requests are in it, each decodes, and nothing is preempted or resumed. Blocks that
+        enter the prefix cache, where they might let a waiting request in, come from prompts only.
         """
         if self._shape.admission is not Admission.NONE:
             self._make_room()
         if self._shape.mixed:
             self._add_decodes()
-        decodes = len(self.rows)
         self._add_prompts()
         if not self._shape.mixed and not self.rows:
             self._add_decodes()
-            decodes = len(self.rows)
-        if self.preempts or self.resumes or not decodes == len(self.rows) == len(self._roster.running):
-            return False
-        return all(row.table.sealed == len(row.hashes) for row in self.rows)
+        return self.decodes > 0 and not (self.rows or self._roster.prompts or self.preempts or self.resumes)
 
     def _take(self, sequence: Sequence, new_tokens: int) -> None:
-        samples = new_tokens == sequence.known - sequence.computed
+        samples = new_tokens == sequence.known_ - sequence.base
         self.rows.append(sequence)
-        self.chunks.append(Chunk(sequence.request.id, new_tokens, sequence.computed, samples))
+        self.chunks.append(Chunk(sequence.request.id, new_tokens, sequence.base, samples))
         self._left -= new_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -78,40 +77,64 @@ class Draft:
         same step still has to read.
         """
         roster, kv = self._roster, self._roster.kv
-        head, running = roster.queue.head(), roster.running
-        if head is None or not running or running[-1].request.priority >= head.request.priority:
+        head = roster.queue.head()
+        if head is None or not (roster.cohort.members or roster.prompts):
             return
+        if roster.last().request.priority >= head.request.priority:
+            return
+        running = roster.running
+        for member in roster.cohort.members:
+            roster.cohort.settle(member)
         lower = [sequence for sequence in running if sequence.request.priority < head.request.priority]
         reserve = kv.watermark_blocks if len(lower) < len(running) else 0
-        reachable = kv.free_blocks + sum(len(sequence.table.blocks) for sequence in lower)
-        if kv.needed_blocks(head.known, head.hashes) + reserve > reachable:
+        reachable = kv.free_blocks + sum(sequence.table.held for sequence in lower)
+        if kv.needed_blocks(head.known_, head.hashes) + reserve > reachable:
             return
         while lower and (
-            len(running) >= self._max_sequences or kv.needed_blocks(head.known, head.hashes) + reserve > kv.free_blocks
+            roster.num_running >= self._max_sequences
+            or kv.needed_blocks(head.known_, head.hashes) + reserve > kv.free_blocks
         ):
             self._preempt(lower.pop())
 
     def _add_decodes(self) -> None:
-        """Decodes in rank order, with room for their next token; the last in rank step aside when blocks run out."""
-        running, kv, bounded = self._roster.running, self._roster.kv, self._shape.mixed
-        index = 0
-        while index < len(running) and not (bounded and self._left <= 0):
-            sequence = running[index]
-            index += 1
-            if sequence.known - sequence.computed != 1:
-                continue
-            while sequence.known > len(sequence.table.blocks) * kv.block_tokens and not kv.grow(sequence.table):
-                self._preempt(running[-1])
-                if sequence.phase is not Phase.RUNNING:
-                    return
-            self._take(sequence, 1)
+        """All decodes, with room for their next tokens; the last in rank step aside when blocks run out."""
+        cohort = self._roster.cohort
+        if self._shape.mixed and len(cohort.members) > self._left:
+            self._list_decodes()
+            return
+        while cohort.members and not cohort.begin():
+            self._preempt(self._roster.last())
+        self.decodes = len(cohort.members)
+        self._left -= self.decodes
+
+    def _list_decodes(self) -> None:
+        """As many decodes as the budget has tokens for, first in rank first."""
+        roster = self._roster
+        for member in roster.cohort.members[: self._left]:
+            if member.cohort is None:
+                return  # it stepped aside for one before it
+            roster.single_out(member)
+            if not self._grown(member):
+                return
+            self._take(member, 1)
+
+    def _grown(self, sequence: Sequence) -> bool:
+        """Whether the table has room for all known tokens, if need be at the cost of the last in rank; False when that
+        is the sequence itself."""
+        roster, kv = self._roster, self._roster.kv
+        while sequence.known_ > sequence.table.held * kv.block_tokens and not kv.grow(sequence.table):
+            self._preempt(roster.last())
+            if sequence.phase is not Phase.RUNNING:
+                return False
+        return True
 
     def _add_prompts(self) -> None:
         """Prompts (and whatever else is to be computed again) in rank order, running and queued ones merged."""
         queue, split = self._roster.queue, self._shape.split
-        pending = [sequence for sequence in self._roster.running if sequence.known - sequence.computed > 1]
+        pending = [prompt for prompt in self._roster.prompts if prompt not in self.rows]
         for prompt in pending:
-            self._expect(prompt)
+            if prompt.hashes:
+                self._expect(prompt)
         admission = self._shape.admission
         while admission is Admission.ALL and (first := queue.head()) is not None and self._admit(first):
             pending.append(first)
@@ -130,23 +153,28 @@ class Draft:
                 index += 1
             else:
                 return
-            remaining = sequence.known - sequence.computed
+            if sequence.phase is not Phase.RUNNING:
+                continue  # it stepped aside for one before it
+            remaining = sequence.known_ - sequence.base
             if remaining > self._left and not split and self.rows:
                 return  # it goes first in the next step
+            if not self._grown(sequence):
+                return
             self._take(sequence, min(remaining, self._left) if split else remaining)
 
     def _admit(self, head: Sequence) -> bool:
         """Bring the head of the queue onto the device if there is room and nothing is gained by waiting a step."""
-        if len(self._roster.running) >= self._max_sequences or self._is_coming(head):
+        if self._roster.num_running >= self._max_sequences or self._is_coming(head):
             return False
-        if any(preempt.request_id == head.request.id for preempt in self.preempts):
+        if self.preempts and any(preempt.request_id == head.request.id for preempt in self.preempts):
             return False
         result = self._roster.admit(head)
         if isinstance(result, Short):
             return False
         if result.resume is not None:
             self.resumes.append(result.resume)
-        self._expect(head)
+        if head.hashes:
+            self._expect(head)
         return True
 
     def _expect(self, sequence: Sequence) -> None:
@@ -163,8 +191,8 @@ class Draft:
         if not self._expected or head.phase is not Phase.WAITING or self._shape.admission is not Admission.BUDGET:
             return False
         kv = self._roster.kv
-        hits = kv.match_blocks(head.known, head.hashes)
-        if not kv.prefix_cache or hits >= min(len(head.hashes), (head.known - 1) // kv.block_tokens):
+        hits = kv.match_blocks(head.known_, head.hashes)
+        if not kv.prefix_cache or hits >= min(len(head.hashes), (head.known_ - 1) // kv.block_tokens):
             return False
         computing = self._expected.get(head.hashes[hits])
         return computing is not None and computing < head.rank

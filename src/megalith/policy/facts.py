@@ -6,17 +6,18 @@ request is not a fact: nobody knows it before the last token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
 
 RequestId: TypeAlias = int
 BlockId: TypeAlias = int
 PreemptMode: TypeAlias = Literal["recompute", "swap"]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a policy may know of a request at its arrival."""
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """What a policy may know of a request at its arrival. A struct, because a simulation makes a million of them."""
 
     id: RequestId
     arrival_ns: int
@@ -28,8 +29,7 @@ class Request:
     """One chained hash for each full block of the prompt, in order. Equal hash means equal tokens up to there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The part of one request that goes into one step.
 
     `new_tokens` rows are computed, after `context_tokens` that are already in the KV cache. A decode is a chunk of one
@@ -43,8 +43,7 @@ class Chunk:
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Preempt:
+class Preempt(NamedTuple):
     """Take a running request off the device before the step.
 
     `recompute`: its blocks are freed. `swap`: device_blocks[i] is copied to host_blocks[i] first.
@@ -56,8 +55,7 @@ class Preempt:
     host_blocks: tuple[BlockId, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(NamedTuple):
     """Bring a swapped request back before the step: host_blocks[i] is copied to device_blocks[i]."""
 
     request_id: RequestId
@@ -65,22 +63,69 @@ class Resume:
     device_blocks: tuple[BlockId, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one instance does in its next step, and for how long that stays the right thing to do.
 
-    Order of execution: every Preempt copy, then every Resume copy, then the forward pass over `chunks`.
+    Order of execution: every Preempt copy, then every Resume copy, then the forward pass over `chunks`: first the
+    `decodes` (all requests that decode, one token each, in rank order), then the `listed` ones. A simulator needs no
+    chunk for each decode, only their number and the sum and maximum of their contexts.
+
     `repeats` is how many further times the very same chunks may run, each time with `context_tokens` one larger, as
     long as nothing arrives, finishes or is aborted. It is above zero only for plans made of decodes, and never so large
     that the KV cache would run out. The engine uses it to skip scheduling, the simulator to leap.
     """
 
-    chunks: tuple[Chunk, ...]
-    preempts: tuple[Preempt, ...] = ()
-    resumes: tuple[Resume, ...] = ()
-    repeats: int = 0
+    __slots__ = ("_chunks", "_decoding", "decode_context_sum", "decodes", "listed", "preempts", "repeats", "resumes")
+
+    def __init__(
+        self,
+        listed: tuple[Chunk, ...] = (),
+        decodes: int = 0,
+        decode_context_sum: int = 0,
+        decoding: Callable[[], list[Chunk]] | None = None,
+        moves: tuple[tuple[Preempt, ...], tuple[Resume, ...]] = ((), ()),
+        repeats: int = 0,
+    ) -> None:
+        self.listed = listed
+        self.decodes = decodes
+        self.decode_context_sum = decode_context_sum
+        """Tokens that the decodes have in the KV cache before the step, together."""
+        self.preempts, self.resumes = moves
+        self.repeats = repeats
+        self._decoding = decoding
+        self._chunks: tuple[Chunk, ...] | None = None
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks, in the order of the rows. Made when first read, so read it before the plan is completed."""
+        if self._chunks is None:
+            if self.decodes and self._decoding is None:
+                raise RuntimeError("the chunks of a plan are to be read before it is completed")
+            self._chunks = (*self._decoding(), *self.listed) if self._decoding is not None else self.listed
+        return self._chunks
+
+    def close(self) -> None:
+        """The plan is completed: its decodes move on, and chunks that were not read are gone."""
+        self._decoding = None
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to do until something arrives."""
+        return not self.decodes and not self.listed
 
     @property
     def num_tokens(self) -> int:
         """Rows of the forward pass."""
-        return sum(chunk.new_tokens for chunk in self.chunks)
+        return self.decodes + sum([chunk.new_tokens for chunk in self.listed])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StepPlan):
+            return NotImplemented
+        mine = (self.chunks, self.preempts, self.resumes, self.repeats)
+        return mine == (other.chunks, other.preempts, other.resumes, other.repeats)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        parts = f"listed={self.listed}, decodes={self.decodes}, repeats={self.repeats}"
+        return f"StepPlan({parts}, preempts={self.preempts}, resumes={self.resumes})"

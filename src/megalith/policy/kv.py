@@ -17,6 +17,10 @@ A device block is in exactly one state. Only an open block may be written, which
 A block whose hash another block already carries stays open when it is sealed (the older block stays the cached one);
 nobody writes it again either, since its owner has computed all of its positions.
 
+Blocks are promised before they are given: a table says how many it `held`, and gets their ids when somebody reads or
+seals them (materialise). A promise counts as used at once and idle blocks are evicted for it at once, so nothing that a
+policy decides depends on when ids are given. A simulation of plain requests never gives any.
+
 A prefix hit never covers a whole sequence: at least its last token is computed, for there would be no logits to sample
 from. So a fully cached prompt whose length is a multiple of the block size computes its last block again, into an open
 block of its own; no copy-on-write is needed.
@@ -41,8 +45,11 @@ class BlockTable:
     """The device blocks of one request; token p lives in blocks[p // block_tokens]. Only KvAccount changes it."""
 
     blocks: list[BlockId]
+    """Those that have an id by now, in position order."""
     sealed: int
     """Leading blocks whose content is final and whose hash is known to the account."""
+    held: int
+    """Blocks of the request, with and without an id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,8 @@ class KvAccount:
         self.watermark_blocks = watermark_blocks
         self.evictions = 0
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._promised = 0
+        """Blocks of tables that have no id yet; there are always as many in `_free`."""
         self._references = [0] * num_blocks
         self._tables: dict[RequestId, BlockTable] = {}
         self._hash_of: dict[BlockId, int] = {}
@@ -121,7 +130,7 @@ class KvAccount:
     @property
     def free_blocks(self) -> int:
         """Device blocks that can be had at once: free and idle ones."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) - self._promised
 
     @property
     def used_blocks(self) -> int:
@@ -174,15 +183,46 @@ class KvAccount:
 
     def grow(self, table: BlockTable) -> bool:
         """Append one open block to the table; False, with nothing changed, when none is left."""
-        if not self._free and not self._idle:
+        if not self.promise(1):
             return False
-        table.blocks.extend(self._take(1))
+        table.held += 1
         return True
+
+    def promise(self, count: int) -> bool:
+        """Set `count` blocks aside, which the caller adds to `held` of tables; False, nothing changed, when short."""
+        lacking = self._promised + count - len(self._free)
+        if lacking > 0:
+            if lacking > len(self._idle):
+                return False
+            self._evict(lacking)
+        self._promised += count
+        return True
+
+    def shrink(self, table: BlockTable) -> None:
+        """Take back the last block of a table; it must be an open one."""
+        table.held -= 1
+        if len(table.blocks) > table.held:
+            block = table.blocks.pop()
+            self._references[block] = 0
+            self._free.append(block)
+        else:
+            self._promised -= 1
+
+    def materialise(self, table: BlockTable) -> list[BlockId]:
+        """The blocks of a table, all with ids. A live view: do not change it."""
+        lacking = table.held - len(table.blocks)
+        if lacking:
+            blocks = _pop_many(self._free, lacking)
+            self._promised -= lacking
+            for block in blocks:
+                self._references[block] = 1
+            table.blocks += blocks
+        return table.blocks
 
     def seal(self, table: BlockTable, block_hash: int) -> None:
         """The next unsealed block of the table is complete and its content has this hash."""
         if self.prefix_cache and block_hash not in self._block_of:
-            block = table.blocks[table.sealed]
+            block = self.materialise(table)[table.sealed]
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
         table.sealed += 1
@@ -195,7 +235,9 @@ class KvAccount:
             return
         references, hash_of, idle, free = self._references, self._hash_of, self._idle, self._free
         # Last block first: a tail without its head is useless, so it must be evicted earlier.
-        for block in reversed(self._tables.pop(request_id).blocks):
+        table = self._tables.pop(request_id)
+        self._promised -= table.held - len(table.blocks)
+        for block in reversed(table.blocks):
             references[block] -= 1
             if references[block] == 0:
                 if block in hash_of:
@@ -211,7 +253,7 @@ class KvAccount:
         if count > len(self._host_free):
             return Short(count, len(self._host_free))
         host = _pop_many(self._host_free, count)
-        device = tuple(self._tables[request_id].blocks[:count])
+        device = tuple(self.materialise(self._tables[request_id])[:count])
         self.release(request_id)
         self._host_tables[request_id] = host
         return SwappedOut(device, tuple(host))
@@ -225,12 +267,17 @@ class KvAccount:
         del self._host_tables[request_id]
         self._host_free.extend(reversed(host))
         hits = opened.hit_blocks
-        return SwappedIn(opened.table, hits, tuple(host[hits:]), tuple(opened.table.blocks[hits : len(host)]))
+        return SwappedIn(
+            opened.table, hits, tuple(host[hits:]), tuple(self.materialise(opened.table)[hits : len(host)])
+        )
 
     # Checking
 
     def check_integrity(self) -> None:
         """Count everything afresh and compare. O(all blocks). Raises IntegrityError with both sides."""
+        promised = sum([table.held - len(table.blocks) for table in self._tables.values()])
+        if promised != self._promised or promised > len(self._free):
+            raise IntegrityError(f"{promised} blocks lack an id, {self._promised} counted, {len(self._free)} are free")
         held = Counter(block for table in self._tables.values() for block in table.blocks)
         counted = {block: count for block, count in enumerate(self._references) if count}
         if held != counted:
@@ -282,22 +329,19 @@ class KvAccount:
             if references[block] == 0:
                 del idle[block]
             references[block] += 1
-        table = BlockTable(hits + self._take(self.blocks_for(tokens) - len(hits)), len(hits))
+        count = self.blocks_for(tokens)
+        self.promise(count - len(hits))
+        table = BlockTable(hits, len(hits), count)
         self._tables[request_id] = table
         return Opened(table, len(hits))
 
-    def _take(self, count: int) -> list[BlockId]:
-        """`count` blocks with one reference each; the caller knows that they are there."""
-        lacking = count - len(self._free)
-        blocks = _pop_many(self._free, min(count, len(self._free)))
-        for _ in range(lacking):
+    def _evict(self, count: int) -> None:
+        """Make `count` idle blocks free, least recently used first; the caller knows that they are there."""
+        for _ in range(count):
             block, _none = self._idle.popitem(last=False)
             del self._block_of[self._hash_of.pop(block)]
-            self.evictions += 1
-            blocks.append(block)
-        for block in blocks:
-            self._references[block] = 1
-        return blocks
+            self._free.append(block)
+        self.evictions += count
 
 
 def _pop_many(stack: list[BlockId], count: int) -> list[BlockId]:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from operator import attrgetter
 
+from megalith.policy.cohort import Cohort
 from megalith.policy.facts import Preempt, PreemptMode, RequestId, Resume
 from megalith.policy.kv import BlockTable, IntegrityError, KvAccount, Short, SwappedIn, SwappedOut
-from megalith.policy.sequence import Phase, Rank, RankQueue, Sequence
+from megalith.policy.sequence import Phase, RankQueue, Sequence
+
+_rank = attrgetter("rank")
 
 
 @dataclass(slots=True)
@@ -24,6 +28,10 @@ class Counters:
     aborted: int = 0
     preempted_recompute: int = 0
     preempted_swap: int = 0
+    arrived: int = 0
+    """Requests whose KV came from elsewhere."""
+    departed: int = 0
+    """Requests whose KV went elsewhere."""
     prefix_queried_tokens: int = 0
     """Prompt tokens of admitted requests."""
     prefix_hit_tokens: int = 0
@@ -49,10 +57,30 @@ class Roster:
         self.kv = kv
         self.counters = Counters()
         self.sequences: dict[RequestId, Sequence] = {}
-        self.running: list[Sequence] = []
-        """In rank order."""
+        self.cohort = Cohort(kv)
+        """Running requests that decode."""
+        self.prompts: list[Sequence] = []
+        """Other running requests, in rank order: they have known tokens to compute before they sample again."""
         self.queue = RankQueue()
         self.num_swapped = 0
+        self.num_incoming = 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are on the device."""
+        return len(self.cohort.members) + len(self.prompts)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """All running requests in rank order. O(batch)."""
+        return sorted([*self.cohort.members, *self.prompts], key=_rank)
+
+    def last(self) -> Sequence:
+        """The running request that is last in rank; there must be one."""
+        members, prompts = self.cohort.members, self.prompts
+        if not members:
+            return prompts[-1]
+        return prompts[-1] if prompts and prompts[-1].rank > members[-1].rank else members[-1]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request."""
@@ -62,23 +90,43 @@ class Roster:
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a request from wherever it stands and free its blocks; sealed ones stay cached."""
-        del self.sequences[sequence.request.id]
-        if sequence.phase is Phase.RUNNING:
-            self.running.remove(sequence)
+        request_id = sequence.request.id
+        del self.sequences[request_id]
+        phase = sequence.phase
+        if phase is Phase.RUNNING:
+            self._step_aside(sequence)
+            self.kv.release(request_id)
+        elif phase is Phase.INCOMING:
+            self.num_incoming -= 1
+            self.kv.release(request_id)
         else:
             self.queue.discard(sequence)
-            self.num_swapped -= sequence.phase is Phase.SWAPPED
-        if sequence.phase is not Phase.WAITING:
-            self.kv.release(sequence.request.id)
+            if phase is Phase.SWAPPED:
+                self.num_swapped -= 1
+                self.kv.release(request_id)
         sequence.phase = Phase.GONE
+
+    def sampled(self, prompt: Sequence) -> None:
+        """A prompt has all its known tokens but the newest computed: it decodes from now on."""
+        prompts = self.prompts
+        if prompts[0] is prompt:
+            del prompts[0]
+        else:
+            prompts.remove(prompt)
+        self.cohort.join(prompt)
+
+    def single_out(self, member: Sequence) -> None:
+        """Take a member out of the cohort for a step that not all decodes are in."""
+        self.cohort.leave(member)
+        insort(self.prompts, member, key=_rank)
 
     def admit(self, head: Sequence) -> Admitted | Short:
         """Bring the head of the queue onto the device, with blocks for all of its known tokens."""
         request_id = head.request.id
         # The watermark protects those who run; alone, a request may use everything.
-        reserve = self.kv.watermark_blocks if self.running else 0
+        reserve = self.kv.watermark_blocks if self.cohort.members or self.prompts else 0
         bring = self.kv.swap_in if head.phase is Phase.SWAPPED else self.kv.open
-        result = bring(request_id, head.known, head.hashes, reserve)
+        result = bring(request_id, head.known_, head.hashes, reserve)
         if isinstance(result, Short):
             return result
         resume = None
@@ -88,13 +136,17 @@ class Roster:
         self.queue.discard(head)
         head.phase = Phase.RUNNING
         head.table = result.table
-        head.computed = max(head.computed, result.hit_blocks * self.kv.block_tokens)
+        head.base = max(head.base, result.hit_blocks * self.kv.block_tokens)
         if head.cached is None:
-            head.cached = head.computed
+            head.cached = head.base
             self.counters.admitted += 1
-            self.counters.prefix_queried_tokens += head.known
+            self.counters.prefix_queried_tokens += head.known_
             self.counters.prefix_hit_tokens += head.cached
-        insort(self.running, head, key=_rank)
+        prompts = self.prompts
+        if not prompts or prompts[-1].rank < head.rank:
+            prompts.append(head)
+        else:
+            insort(prompts, head, key=_rank)
         return Admitted(resume)
 
     def seal_known(self, sequence: Sequence) -> None:
@@ -109,8 +161,8 @@ class Roster:
         `swap` becomes recompute when there is nothing to save or no host block to save it in.
         """
         request_id = sequence.request.id
-        self.running.remove(sequence)
-        swapped = self.kv.swap_out(request_id, sequence.computed) if mode == "swap" and sequence.computed else None
+        self._step_aside(sequence)
+        swapped = self.kv.swap_out(request_id, sequence.base) if mode == "swap" and sequence.base else None
         if isinstance(swapped, SwappedOut):
             sequence.phase = Phase.SWAPPED
             self.num_swapped += 1
@@ -119,36 +171,43 @@ class Roster:
         else:
             self.kv.release(request_id)
             sequence.phase = Phase.WAITING
-            sequence.computed = 0
+            sequence.base = 0
             self.counters.preempted_recompute += 1
             preempt = Preempt(request_id, "recompute")
-        sequence.table = BlockTable([], 0)
+        sequence.table = BlockTable([], 0, 0)
         self.queue.push(sequence)
         return preempt
 
     def check_integrity(self) -> None:
         """Check the account, and that every request is where its phase says. Raises IntegrityError with both sides."""
+        for member in self.cohort.members:
+            self.cohort.settle(member)
         self.kv.check_integrity()
         by_phase: dict[Phase, set[RequestId]] = {phase: set() for phase in Phase}
         for sequence in self.sequences.values():
             by_phase[sequence.phase].add(sequence.request.id)
+        on_device = by_phase[Phase.RUNNING] | by_phase[Phase.INCOMING]
         places = {
             "running": (by_phase[Phase.RUNNING], {sequence.request.id for sequence in self.running}),
             "queued": (by_phase[Phase.WAITING] | by_phase[Phase.SWAPPED], {s.request.id for s in self.queue}),
-            "with a device table": (by_phase[Phase.RUNNING], set(self.kv.requests_on_device)),
+            "with a device table": (on_device, set(self.kv.requests_on_device)),
             "with host blocks": (by_phase[Phase.SWAPPED], set(self.kv.requests_on_host)),
             "gone but listed": (set[RequestId](), by_phase[Phase.GONE]),
         }
         for name, (expected, found) in places.items():
             if expected != found:
                 raise IntegrityError(f"requests {name}: {sorted(found)}, but the phases say {sorted(expected)}")
-        if len(by_phase[Phase.SWAPPED]) != self.num_swapped:
-            raise IntegrityError(f"{len(by_phase[Phase.SWAPPED])} requests are swapped, counted {self.num_swapped}")
+        counted = (self.num_swapped, self.num_incoming)
+        if (len(by_phase[Phase.SWAPPED]), len(by_phase[Phase.INCOMING])) != counted:
+            raise IntegrityError(f"swapped and incoming: {counted} counted, the phases say {by_phase}")
         for sequence in self.running:
-            room = len(sequence.table.blocks) * self.kv.block_tokens
+            room = sequence.table.held * self.kv.block_tokens
             if sequence.computed > room:
                 raise IntegrityError(f"request {sequence.request.id}: {sequence.computed} tokens in room for {room}")
+        self.cohort.check_integrity()
 
-
-def _rank(sequence: Sequence) -> Rank:
-    return sequence.rank
+    def _step_aside(self, sequence: Sequence) -> None:
+        if sequence.cohort is not None:
+            self.cohort.leave(sequence)
+        else:
+            self.prompts.remove(sequence)

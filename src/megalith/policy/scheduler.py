@@ -6,7 +6,7 @@ no tensors, and not the true output length. The engine and the simulator drive t
     plan = scheduler.plan()
     ... execute plan.preempts, plan.resumes, then the forward pass over plan.chunks ...
     scheduler.complete(plan, finished=[...])
-    ... while scheduler.valid(plan): the same forward pass again, one token further, and complete() again ...
+    ... while scheduler.again(plan): the same forward pass again, one token further, and complete() again ...
 
 The order of everything is the rank of a request: higher priority, then earlier arrival, then lower id. The first in
 rank is never preempted and every request fits the KV cache alone, so the head always gets on and everyone finishes as
@@ -15,18 +15,21 @@ long as no endless stream of higher priorities comes.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
 from megalith.policy.batching import BatchFacts, BatchPolicy
 from megalith.policy.draft import Draft
-from megalith.policy.facts import BlockId, Chunk, PreemptMode, Request, RequestId, StepPlan
-from megalith.policy.horizon import crossings, further_runs
-from megalith.policy.kv import IntegrityError, KvAccount
+from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
+from megalith.policy.kv import IntegrityError, KvAccount, Short
 from megalith.policy.roster import Counters, Roster
 from megalith.policy.sequence import Phase, Sequence
+
+_rank = attrgetter("rank")
 
 
 class Limits(Config, frozen=True):
@@ -54,9 +57,9 @@ class Progress(NamedTuple):
 class Scheduler:
     """One instance's scheduler. Not thread-safe. The same calls give the same answers.
 
-    add() and abort() may come at any time, also between plan() and complete(); they end the validity of the plan for
-    further runs, not for a run in progress. plan() may be called again without complete(): the earlier plan then
-    counts as not run, but its preempts and resumes as done.
+    add(), abort() and the calls for KV on the move may come at any time, also between plan() and complete(); they end
+    the validity of the plan for further runs, not for a run in progress. plan() may be called again without complete():
+    the earlier plan then counts as not run, but its preempts and resumes as done.
     """
 
     def __init__(self, policy: BatchPolicy, kv: KvAccount, limits: Limits) -> None:
@@ -77,6 +80,8 @@ class Scheduler:
         self._in_flight = False
         self._changed = False
         """Something arrived, finished or was aborted since the plan was made."""
+        self._committed: list[Sequence] = []
+        """Their KV arrived while a step was under way; they join when it ends."""
 
     # Requests
 
@@ -115,52 +120,148 @@ class Scheduler:
         if not self.unsealed(request_id):
             raise ValueError(f"request {request_id} has no complete block without a hash")
         sequence = self._roster.sequences[request_id]
+        if sequence.cohort is not None:
+            sequence.cohort.settle(sequence)
         sequence.add_hash(block_hash)
         self._roster.seal_known(sequence)
+
+    # KV on the move: reserve first, then commit
+
+    def reserve(self, request: Request, known_tokens: int) -> bool:
+        """Hold blocks for a request whose KV will come from another instance; False when there is no room for it now.
+
+        `known_tokens` are its prompt and what was sampled so far; all but the newest are on their way.
+        """
+        roster = self._roster
+        if request.id in roster.sequences:
+            raise ValueError(f"request {request.id} is here already")
+        self._check_fits(request)
+        if roster.num_running + roster.num_incoming >= self.limits.max_sequences:
+            return False
+        reserve = self.kv.watermark_blocks if roster.num_running else 0
+        opened = self.kv.open(request.id, max(1, known_tokens - 1), (), reserve)
+        if isinstance(opened, Short):
+            return False
+        sequence = Sequence(request)
+        sequence.known_, sequence.table, sequence.phase = known_tokens, opened.table, Phase.INCOMING
+        sequence.cached, sequence.hashes = 0, ()
+        roster.sequences[request.id] = sequence
+        roster.num_incoming += 1
+        return True
+
+    def extend(self, request_id: RequestId, known_tokens: int) -> bool:
+        """Hold blocks for more tokens of a reserved request, which decodes elsewhere; False when there is no room."""
+        sequence = self._incoming(request_id)
+        lacking = self.kv.blocks_for(known_tokens - 1) - sequence.table.held
+        if lacking > 0:
+            if not self.kv.promise(lacking):
+                return False
+            sequence.table.held += lacking
+        sequence.known_ = max(sequence.known_, known_tokens)
+        return True
+
+    def commit(self, request_id: RequestId) -> None:
+        """The KV of a reserved request is here: it decodes from the next step on."""
+        sequence = self._incoming(request_id)
+        self._roster.num_incoming -= 1
+        sequence.phase = Phase.RUNNING
+        sequence.base = sequence.known_ - 1
+        self._roster.counters.arrived += 1
+        self._changed = True
+        if self._in_flight:
+            self._committed.append(sequence)
+            insort(self._roster.prompts, sequence, key=_rank)
+        else:
+            self._roster.cohort.join(sequence)
+
+    def depart(self, request_id: RequestId) -> int:
+        """Let a running request go elsewhere and free its blocks. Returns its known tokens."""
+        sequence = self._roster.sequences[request_id]
+        known = sequence.known
+        self._roster.remove(sequence)
+        self._roster.counters.departed += 1
+        self._changed = True
+        return known
+
+    def _incoming(self, request_id: RequestId) -> Sequence:
+        sequence = self._roster.sequences.get(request_id)
+        if sequence is None or sequence.phase is not Phase.INCOMING:
+            raise ValueError(f"no blocks are reserved for request {request_id}")
+        return sequence
 
     # Steps
 
     def plan(self) -> StepPlan:
-        """The next step. No chunks mean that there is nothing to do until the next add()."""
-        if self._runs_left and not self._in_flight and not self._changed:
-            chunks = tuple([Chunk(row.request.id, 1, row.computed, True) for row in self._rows])
-            return self._issue(StepPlan(chunks, (), (), self._runs_left - 1), self._rows)
-        shape = self.policy.shape(BatchFacts(len(self._roster.running), len(self._roster.queue)))
-        draft = Draft(self._roster, shape, self.limits.max_sequences, self.limits.preempt)
-        repeats = 0
+        """The next step. An empty one means that there is nothing to do until the next add() or commit()."""
+        roster = self._roster
+        cohort = roster.cohort
+        if self._in_flight:
+            cohort.undo()
+            self._settle_committed()
+        elif self._runs_left and not self._changed and cohort.begin():
+            return self._issue(self._decode_plan(self._runs_left - 1), [])
+        shape = self.policy.shape(BatchFacts(roster.num_running, len(roster.queue)))
+        decodes = len(cohort.members)
+        if not roster.prompts and not len(roster.queue) and not (shape.mixed and decodes > shape.token_budget):
+            if not decodes:
+                return self._issue(StepPlan(), [])
+            if cohort.begin():
+                return self._issue(self._decode_plan(cohort.further_runs()), [])
+        draft = Draft(roster, shape, self.limits.max_sequences, self.limits.preempt)
         if draft.fill():
             # Whoever waits now waits until one of these is done: free blocks only get fewer.
-            repeats = further_runs(draft.rows, self.kv.block_tokens, self.kv.free_blocks)
+            return self._issue(self._decode_plan(cohort.further_runs()), [])
         return self._issue(
-            StepPlan(tuple(draft.chunks), tuple(draft.preempts), tuple(draft.resumes), repeats), draft.rows
+            StepPlan(
+                tuple(draft.chunks),
+                draft.decodes,
+                cohort.context_sum if draft.decodes else 0,
+                cohort.chunks if draft.decodes else None,
+                (tuple(draft.preempts), tuple(draft.resumes)),
+            ),
+            draft.rows,
         )
 
     def valid(self, plan: StepPlan) -> bool:
         """Whether `plan` may run (again) as it stands, one token further, without asking for a new one."""
         return plan is self._plan and self._runs_left > 0 and not self._changed
 
+    def again(self, plan: StepPlan) -> bool:
+        """Begin a further run of a valid plan: the tables then cover it. False when a new plan is needed."""
+        if not self.valid(plan) or not self._roster.cohort.begin():
+            return False
+        self._in_flight = True
+        return True
+
     def complete(self, plan: StepPlan, finished: Iterable[RequestId] = (), steps: int = 1) -> None:
         """The plan ran `steps` times: sampled requests know one more token for each; `finished` ones are released.
 
         A request that has all its max_new_tokens must be among `finished`; ids that are gone already are passed over.
         `steps` at once leave the same state as one at a time, also when something was added meanwhile; runs that were
-        done before an abort() are to be completed before it. While runs are left, the tables cover the next one.
+        done before an abort() are to be completed before it.
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:
             raise ValueError(f"not the last plan, or {steps} runs of it where {self._runs_left} are left")
-        gone = frozenset(finished)
         if steps == self._runs_left:
-            self._check_ends(plan, steps, gone)
-        self._advance(plan, steps)
-        self._runs_left = 0 if gone or self._changed else self._runs_left - steps
-        if plan.repeats:
-            rows = [row for row in self._rows if row.phase is Phase.RUNNING]
-            for row in crossings(rows, self.kv.block_tokens, ran=steps, ahead=min(1, self._runs_left)):
-                if not self.kv.grow(row.table):
-                    raise IntegrityError(f"no block for request {row.request.id} within the repeats of its plan")
-        for request_id in sorted(gone & self._roster.sequences.keys()):
-            self._roster.remove(self._roster.sequences[request_id])
-            self._roster.counters.finished += 1
+            finished = frozenset(finished)
+            self._check_ends(plan, steps, finished)
+        roster = self._roster
+        plan.close()
+        if plan.decodes and not roster.cohort.advance(steps):
+            raise IntegrityError(f"{steps} runs of a plan with {plan.repeats} repeats took more blocks than there are")
+        if plan.listed:
+            self._advance_listed(plan)
+        self._runs_left -= steps
+        if self._committed:
+            self._settle_committed()
+        for request_id in sorted(finished) if finished else ():
+            sequence = roster.sequences.get(request_id)
+            if sequence is not None:
+                roster.remove(sequence)
+                roster.counters.finished += 1
+                self._changed = True
+        if self._changed:
+            self._runs_left = 0
         self._in_flight = False
 
     # Reading
@@ -173,7 +274,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that hold device blocks."""
-        return len(self._roster.running)
+        return self._roster.num_running
 
     @property
     def num_waiting(self) -> int:
@@ -186,8 +287,14 @@ class Scheduler:
         return self._roster.num_swapped
 
     def block_table(self, request_id: RequestId) -> list[BlockId]:
-        """Device blocks in position order; empty while the request does not run. A live view: do not change it."""
-        return self._roster.sequences[request_id].table.blocks
+        """Device blocks in position order; empty while the request does not run. A live view: do not change it.
+
+        They cover the step under way.
+        """
+        sequence = self._roster.sequences[request_id]
+        if sequence.cohort is not None:
+            sequence.cohort.settle(sequence)
+        return self.kv.materialise(sequence.table)
 
     def progress(self, request_id: RequestId) -> Progress:
         """How far the request is."""
@@ -211,6 +318,10 @@ class Scheduler:
 
     # Inside
 
+    def _decode_plan(self, repeats: int) -> StepPlan:
+        cohort = self._roster.cohort
+        return StepPlan((), len(cohort.members), cohort.context_sum, cohort.chunks, ((), ()), repeats)
+
     def _issue(self, plan: StepPlan, rows: list[Sequence]) -> StepPlan:
         self._plan = plan
         self._rows = rows
@@ -219,22 +330,38 @@ class Scheduler:
         self._changed = False
         return plan
 
-    def _advance(self, plan: StepPlan, steps: int) -> None:
-        """Count what the runs computed and sampled, and seal the blocks that they completed where hashes are known."""
-        for row, chunk in zip(self._rows, plan.chunks, strict=True):
+    def _advance_listed(self, plan: StepPlan) -> None:
+        """Count what the listed rows computed and sampled, and seal the blocks that they completed."""
+        roster = self._roster
+        for row, chunk in zip(self._rows, plan.listed, strict=True):
             if row.phase is not Phase.RUNNING:
                 continue  # aborted while the step ran
-            row.computed += chunk.new_tokens * steps
-            if chunk.samples:
-                row.known += steps
+            row.base += chunk.new_tokens
             if row.table.sealed < len(row.hashes):
-                self._roster.seal_known(row)
+                roster.seal_known(row)
+            if chunk.samples:
+                row.known_ += 1
+                roster.sampled(row)
+
+    def _settle_committed(self) -> None:
+        for sequence in self._committed:
+            if sequence.phase is Phase.RUNNING:
+                self._roster.sampled(sequence)
+        self._committed.clear()
 
     def _check_ends(self, plan: StepPlan, steps: int, gone: frozenset[RequestId]) -> None:
-        for row, chunk in zip(self._rows, plan.chunks, strict=True):
-            ends = chunk.samples and row.known + steps >= row.end and row.phase is Phase.RUNNING
+        """Nobody with all its tokens may stay. O(ends) as members end in the order of the heap."""
+        for row, chunk in zip(self._rows, plan.listed, strict=True):
+            ends = chunk.samples and row.known_ + 1 >= row.end and row.phase is Phase.RUNNING
             if ends and row.request.id not in gone:
-                raise ValueError(f"request {row.request.id} has all its tokens but is not among the finished ones")
+                raise _unfinished(row)
+        if plan.decodes:
+            cohort = self._roster.cohort
+            end = cohort.next_end()
+            if end is not None and end <= cohort.clock + steps:
+                for member in cohort.members:
+                    if member.known + steps >= member.end and member.request.id not in gone:
+                        raise _unfinished(member)
 
     def _check_fits(self, request: Request) -> None:
         # The last sampled token is never computed.
@@ -247,3 +374,7 @@ class Scheduler:
                 f"of {self.kv.block_tokens} tokens; this instance has {capacity}.",
                 f"Prompt and new tokens together may be at most {room + 1}.",
             )
+
+
+def _unfinished(row: Sequence) -> ValueError:
+    return ValueError(f"request {row.request.id} has all its tokens but is not among the finished ones")

@@ -5,44 +5,65 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from megalith.policy.facts import Request
 from megalith.policy.kv import BlockTable
+
+if TYPE_CHECKING:
+    from megalith.policy.cohort import Cohort
 
 Rank: TypeAlias = tuple[int, int, int]
 """(-priority, arrival, id): the smaller goes first, and nobody ties."""
 
 
 class Phase(Enum):
-    """Where a request stands. WAITING and SWAPPED ones are in the queue, RUNNING ones hold device blocks."""
+    """Where a request stands. WAITING and SWAPPED ones are in the queue, RUNNING ones hold device blocks, INCOMING ones
+    hold blocks for KV that is still on its way here."""
 
     WAITING = auto()
     SWAPPED = auto()
     RUNNING = auto()
+    INCOMING = auto()
     GONE = auto()
 
 
 class Sequence:
     """The tokens of one request by count: `known` exist, the first `computed` of them are in the KV cache.
 
-    Known tokens are the prompt and what was sampled so far; they stay known when the request is preempted. A request
-    with one token left to compute is decoding: the next step that it joins samples.
+    Known tokens are the prompt and what was sampled so far; they stay known when the request is preempted. A running
+    request that has sampled since it came onto the device is a member of the cohort of decodes; its counts then follow
+    the cohort's clock, and `base` is its computed tokens less that clock.
     """
 
-    __slots__ = ("cached", "computed", "end", "hashes", "known", "phase", "rank", "request", "table")
+    __slots__ = ("base", "cached", "cohort", "edge", "end", "hashes", "known_", "phase", "rank", "request", "table")
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.rank: Rank = (-request.priority, request.arrival_ns, request.id)
-        self.known = request.prompt_tokens
+        self.known_ = request.prompt_tokens
+        """Known tokens while outside the cohort."""
         self.end = request.prompt_tokens + request.max_new_tokens
-        self.computed = 0
+        self.base = 0
+        """Computed tokens, less the clock of the cohort while inside it."""
+        self.cohort: Cohort | None = None
+        self.edge = 0
+        """In the cohort: the clock at which the next step needs a block more than the table has (see Cohort)."""
         self.cached: int | None = None
         """Tokens that the prefix cache had at the first admission; None before it."""
         self.phase = Phase.WAITING
-        self.table = BlockTable([], 0)
+        self.table = BlockTable([], 0, 0)
         self.hashes: list[int] | tuple[int, ...] = request.prefix_hashes
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose K and V are in the cache."""
+        return self.base if self.cohort is None else self.base + self.cohort.clock
+
+    @property
+    def known(self) -> int:
+        """Prompt tokens and sampled ones."""
+        return self.known_ if self.cohort is None else self.base + self.cohort.clock + 1
 
     def add_hash(self, block_hash: int) -> None:
         """Remember the hash of the next block, for the prefix cache after a preemption."""

@@ -53,13 +53,59 @@ class PoolSpec(Config, kw_only=True):
         return self.count * self.tensor_parallel * self.pipeline_parallel
 
 
-class LinkSpec(Config, kw_only=True):
-    """The network between instances. Both ends share their port among transfers that run at once."""
+class PairSpec(Config, kw_only=True):
+    """A link of its own from one pool to another, with ports apart from the common ones, as inside one node."""
 
+    source: str
+    """Name of a pool."""
+    target: str
+    """Name of a pool."""
     bytes_per_s: float
     latency_s: float = 0.0
+    ports: int = 1
+
+
+class LinkSpec(Config, kw_only=True):
+    """The network between instances. Both ends share their ports among transfers that run at once."""
+
+    bytes_per_s: float
+    """Of one port, in each direction."""
+    latency_s: float = 0.0
     contention: bool = True
-    """False: every transfer has the whole link."""
+    """False: every transfer has a whole port."""
+    ports: int = 1
+    """Ports of an instance; one transfer uses one of them at most."""
+    pairs: tuple[PairSpec, ...] = ()
+    """Links between pools that do not go over the common one."""
+
+
+class HandoffSpec(Config, kw_only=True):
+    """How the KV of a finished prompt gets to the instance that decodes."""
+
+    refused: Literal["wait", "local"] = "wait"
+    """When the decode side has no room: wait on the prefill side, whose memory is the buffer, or decode there."""
+    max_waiting: int = 1024
+    """Most that may wait on one prefill instance; those that come then decode there."""
+    accept_share: float = 0.05
+    """`pull`: the decode side fetches while less than this share of its blocks is on the way or waits there.
+    Source: DistServe, waiting_block_prop_threshold."""
+    whole_blocks: bool = True
+    """Send whole blocks, also the last one that is not full."""
+    hidden: float = 0.0
+    """Share of the bytes of a `push` that costs no time. Splitwise's simulator has 0.9 in its overlap variants."""
+
+
+class MigrationSpec(Config, kw_only=True):
+    """What moving a running request costs beside the bytes."""
+
+    stage_s: float = 0.0
+    """Handshake of each stage, before its bytes go."""
+    slowdown: float = 1.0
+    """Steps of both instances take this many times as long while a request is moved."""
+    at_once: int = 1
+    """Migrations that one instance may take part in at once, as source or target."""
+    whole_blocks: bool = True
+    """Send whole blocks, also the last one that is not full."""
 
 
 class PowerSpec(Config, kw_only=True):
@@ -90,6 +136,8 @@ class FleetSpec(Config, kw_only=True):
     router: PolicySpec = PolicySpec(name="least-outstanding")
     controllers: tuple[PolicySpec, ...] = ()
     link: LinkSpec = LinkSpec(bytes_per_s=25e9, latency_s=10e-6)
+    handoff: HandoffSpec = HandoffSpec()
+    migration: MigrationSpec = MigrationSpec()
     heartbeat_s: float = 0.0
     """Age of the facts that policies see: 0 is exact, else they are taken this often."""
     power: PowerSpec | None = None

@@ -1,0 +1,128 @@
+"""Cluster policies by name: what a FleetSpec says becomes an object, with strict options.
+
+Knows every router and controller that ships. A name or option that does not exist is a ConfigError with the nearest
+one that does. Anybody's own policy needs no entry here: whoever runs a cluster also takes objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from megalith.base.config import Config, convert
+from megalith.base.errors import ConfigError
+from megalith.policy import routing
+from megalith.policy.cluster import Controller, Router
+from megalith.specs.fleet import PolicySpec
+
+PolicyT = TypeVar("PolicyT", covariant=True)
+
+
+class _Make(Protocol[PolicyT]):
+    """What a policy class is called with."""
+
+    def __call__(self, options: Any, seed: int = 0) -> PolicyT: ...
+
+
+class Entry(NamedTuple, Generic[PolicyT]):
+    """One policy that can be named."""
+
+    make: _Make[PolicyT]
+    options: type[Config]
+    summary: str
+    """One line for people who choose."""
+    source: str
+    """Where the rule comes from."""
+
+
+class Description(NamedTuple):
+    """One policy as `--help` and the guide show it."""
+
+    name: str
+    kind: str
+    """`router`, `controller` or `both`."""
+    summary: str
+    source: str
+    options: Mapping[str, Any]
+    """Names of the options and their defaults."""
+
+
+ROUTERS: dict[str, Entry[Router]] = {
+    "round-robin": Entry(routing.RoundRobin, routing.RouterOptions, "one after the other", "-"),
+    "random": Entry(routing.RandomChoice, routing.RouterOptions, "any, with equal chances", "-"),
+    "least-outstanding": Entry(
+        routing.LeastOutstanding, routing.RouterOptions, "fewest unfinished requests", "jsq of splitwise-sim"
+    ),
+    "least-tokens": Entry(
+        routing.LeastTokens,
+        routing.RouterOptions,
+        "fewest waiting prompt tokens plus unfinished requests",
+        "token_jsq of splitwise-sim",
+    ),
+    "power-of-two": Entry(
+        routing.TwoChoices, routing.TwoChoicesOptions, "the less loaded of two drawn ones", "Mitzenmacher 2001"
+    ),
+    "least-kv": Entry(
+        routing.LeastKv, routing.RouterOptions, "most free blocks after those that wait have come in", "-"
+    ),
+    "prefix-aware": Entry(
+        routing.PrefixAware,
+        routing.PrefixAwareOptions,
+        "least of weight * prompt blocks to compute + blocks in use",
+        "KV router of NVIDIA Dynamo",
+    ),
+    "prefix-threshold": Entry(
+        routing.PrefixThreshold,
+        routing.PrefixThresholdOptions,
+        "longest cached prefix while loads are even, else fewest requests",
+        "cache_aware of SGLang",
+    ),
+    "shortest-queue": Entry(
+        routing.ShortestQueue,
+        routing.ShortestQueueOptions,
+        "shortest prompt queue, decode where most memory is unpromised, KV fetched",
+        "DistServe, OSDI 2024",
+    ),
+}
+
+CONTROLLERS: dict[str, Entry[Controller]] = {}
+
+
+def router(spec: PolicySpec, seed: int) -> Router:
+    """The router of that name, fresh. Raises ConfigError for an unknown name or option."""
+    return _make(spec, seed, "router", ROUTERS, CONTROLLERS)
+
+
+def controller(spec: PolicySpec, seed: int) -> Controller:
+    """The controller of that name, fresh. Raises ConfigError for an unknown name or option."""
+    return _make(spec, seed, "controller", CONTROLLERS, ROUTERS)
+
+
+def describe() -> list[Description]:
+    """All of them, routers first, in the order of the tables above."""
+    routers = [_description(name, "router", entry) for name, entry in ROUTERS.items()]
+    return routers + [_description(name, "controller", entry) for name, entry in CONTROLLERS.items()]
+
+
+def _make(
+    spec: PolicySpec, seed: int, kind: str, known: Mapping[str, Entry[PolicyT]], others: Iterable[str]
+) -> PolicyT:
+    entry = known.get(spec.name)
+    if entry is None:
+        if spec.name in others:
+            other = "controller" if kind == "router" else "router"
+            raise ConfigError(f"{spec.name} is a {other}, not a {kind}.", f"The {kind}s are: {', '.join(known)}.")
+        near = difflib.get_close_matches(spec.name, list(known), n=1, cutoff=0.0)
+        raise ConfigError(
+            f"There is no {kind} `{spec.name}`.",
+            f"Did you mean `{near[0]}`? The {kind}s are: {', '.join(known)}." if near else "",
+        )
+    options = convert(spec.options, entry.options, f"Options of the {kind} {spec.name}")
+    return entry.make(options, seed)
+
+
+def _description(name: str, kind: str, entry: Entry[Any]) -> Description:
+    defaults = entry.options()
+    options = {key: getattr(defaults, key) for key in entry.options.__struct_fields__}
+    return Description(name, kind, entry.summary, entry.source, options)

@@ -61,6 +61,8 @@ class EngineFlags:
     """recompute or swap. [default: recompute]"""
     threads: int | None = None
     """CPU threads; by default one for each core."""
+    record: str | None = None
+    """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
     def table(self, model: str | None) -> dict[str, Any]:
         """The `[engine]` keys that were given."""
@@ -68,7 +70,7 @@ class EngineFlags:
             "model": model, "device": self.device, "mode": self.mode, "max_context": self.context,
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
-            "threads": self.threads,
+            "threads": self.threads, "record": self.record,
         }  # fmt: skip
 
 

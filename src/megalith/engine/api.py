@@ -43,6 +43,8 @@ class EngineConfig(Config):
     """Threads of the CPU backend; None: one for each core that this process may use."""
     max_waiting: int = 1024
     """Requests that may wait for admission; one more is refused with QueueFull."""
+    record: str | None = None
+    """New file that every scheduling decision is written to, for the shadow test; gzip when it ends in .gz."""
 
 
 @dataclass(frozen=True, slots=True)

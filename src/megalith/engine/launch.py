@@ -23,6 +23,7 @@ from megalith.engine.api import EngineConfig
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.record import RecordingScheduler
 from megalith.engine.service import LocalEngine
 from megalith.model.open import OpenModel, open_model
 from megalith.plan import machine
@@ -109,7 +110,11 @@ def assemble(config: EngineConfig, model: OpenModel, runner: Runner, max_context
         max_waiting=config.max_waiting + config.max_sequences,  # preempted ones wait too; the service keeps the bound
         preempt=config.preempt,
     )
-    scheduler = Scheduler(by_name(config.policy, config.token_budget), kv, limits)
+    policy = by_name(config.policy, config.token_budget)
+    if config.record is None:
+        scheduler = Scheduler(policy, kv, limits)
+    else:
+        scheduler = RecordingScheduler(policy, kv, limits, clock, config.record, model.files.name)
     eos_ids = model.tokenizer.eos_ids
     admission = Admission(
         max_context=min(max_context, blocks * size),

@@ -28,6 +28,7 @@ from megalith.engine.admission import Admission
 from megalith.engine.api import Delta, EngineConfig, EngineStats
 from megalith.engine.engine import Emitted, Engine, describe
 from megalith.engine.params import SamplingParams
+from megalith.engine.record import RecordingScheduler
 from megalith.engine.sequence import Admitted
 from megalith.specs.model import ModelSpec
 
@@ -157,6 +158,8 @@ class LocalEngine:
                 log.error("the step in progress did not end within %.0f s; its thread is left behind", _STOP_WAIT_S)
             else:
                 self._core.runner.close()
+                if isinstance(self._core.scheduler, RecordingScheduler):
+                    self._core.scheduler.close()
         if self._old_switch_s is not None and math.isclose(sys.getswitchinterval(), _SWITCH_S):
             sys.setswitchinterval(self._old_switch_s)
         self._old_switch_s = None

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import routing
+from megalith.policy import pools, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -84,6 +84,12 @@ ROUTERS: dict[str, Entry[Router]] = {
         "shortest prompt queue, decode where most memory is unpromised, KV fetched",
         "DistServe, OSDI 2024",
     ),
+    "splitwise": Entry(
+        pools.SplitwisePools,
+        pools.SplitwiseOptions,
+        "prompt, token and mixed pool; borrowed instances return when idle",
+        "Splitwise, ISCA 2024; mixed_pool of splitwise-sim",
+    ),
 }
 
 CONTROLLERS: dict[str, Entry[Controller]] = {}
@@ -101,7 +107,9 @@ def controller(spec: PolicySpec, seed: int) -> Controller:
 
 def describe() -> list[Description]:
     """All of them, routers first, in the order of the tables above."""
-    routers = [_description(name, "router", entry) for name, entry in ROUTERS.items()]
+    routers = [
+        _description(name, "both" if hasattr(entry.make, "act") else "router", entry) for name, entry in ROUTERS.items()
+    ]
     return routers + [_description(name, "controller", entry) for name, entry in CONTROLLERS.items()]
 
 

@@ -54,8 +54,8 @@ COLUMNS = (
 LATENCIES = ("ttft_ns", "tpot_ns", "e2e_ns", "queue_ns", "transfer_ns", "normalized_ns")
 _CLASS_LATENCIES = LATENCIES[:3]
 _REQUEST = ("id", "arrival_ns", "prompt_tokens", "priority")
-_read = attrgetter(*(f"request.{name}" for name in _REQUEST), *COLUMNS[len(_REQUEST) : -1])
-_END_WORDS = 2048 * len(COLUMNS)
+_READERS = [(name, attrgetter(f"request.{name}" if name in _REQUEST else name)) for name in COLUMNS[:-1]]
+_ENDS = 2048
 _STEP_FIELDS = 5
 _STEP_WORDS = 4096 * _STEP_FIELDS
 _MOST_CLASSES = 16
@@ -116,15 +116,14 @@ class Recorder:
         self.totals = Totals()
         self._sink = sink
         self._exact_limit = exact_limit
-        self._ends: list[int] = []
+        self._ends: list[Ended] = []
         self._steps: list[int] = []
 
     def finished(self, live: Ended) -> None:
-        """A request ended, whatever the outcome. Its fields are copied at once."""
+        """A request ended, whatever the outcome. Its fields must not change any more."""
         ends = self._ends
-        ends += _read(live)
-        ends.append(_CODES[live.outcome])
-        if len(ends) >= _END_WORDS:
+        ends.append(live)
+        if len(ends) >= _ENDS:
             self._flush_ends()
 
     def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
@@ -277,11 +276,16 @@ class Recorder:
         self.totals.step_figures.add(first, slope, steps, decodes, prompt_tokens)
 
 
-def _columns(flat: list[int]) -> dict[str, IntArray]:
-    """Rows as columns; None becomes -1."""
+def _columns(lives: Sequence[Ended]) -> dict[str, IntArray]:
+    """COLUMNS of requests; None becomes -1."""
+    columns = {name: _column(read, lives) for name, read in _READERS}
+    columns["outcome"] = _column(lambda live: _CODES[live.outcome], lives)
+    return columns
+
+
+def _column(read: Callable[[Ended], int | None], lives: Sequence[Ended]) -> IntArray:
     try:
-        rows = np.array(flat, dtype=np.int64)
+        return np.fromiter(map(read, lives), dtype=np.int64, count=len(lives))
     except TypeError:
-        rows = np.array([-1 if value is None else value for value in flat], dtype=np.int64)
-    table = np.ascontiguousarray(rows.reshape(-1, len(COLUMNS)).T)
-    return dict(zip(COLUMNS, table, strict=True))
+        values = [-1 if value is None else value for value in map(read, lives)]
+        return np.array(values, dtype=np.int64)

@@ -8,6 +8,7 @@ time, with the mean of each figure over it. Energy and the peaks are taken befor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +78,8 @@ class Series:
         self.samples += 1
         if not rows:
             return
-        table = np.array(rows, dtype=np.float64)
+        width = len(InstanceSample._fields)
+        table = np.fromiter(chain.from_iterable(rows), dtype=np.float64, count=len(rows) * width).reshape(-1, width)
         order = np.argsort(table[:, 0], kind="stable")
         table = table[order]
         figures = np.ascontiguousarray(table[:, 1:])

@@ -13,7 +13,11 @@ from megalith.base.errors import ConfigError
 from megalith.serve.load_http import EndpointError, parse_endpoint
 from megalith.serve.load_report import LoadReport, Slo, build_report, parse_slo
 from megalith.serve.load_run import LoadConfig, LoadRun, served_models
-from megalith.serve.load_workload import PromptMaker, RequestShape, parse_lengths, synthetic
+from megalith.serve.load_workload import PromptMaker
+from megalith.specs.arrivals import ClosedLoop, SteadyArrivals
+from megalith.specs.lengths import parse_lengths
+from megalith.specs.shape import RequestShape
+from megalith.specs.workload import WorkloadSpec, open_workload
 
 from .paced_server import PacedApp, serving
 
@@ -69,7 +73,9 @@ def test_reports_the_delays_that_the_server_makes(api: str) -> None:
 
 def test_counts_what_the_server_counts() -> None:
     app = PacedApp(ttft_s=0.0, itl_s=0.001)
-    shapes = itertools.islice(synthetic((parse_lengths("5-40"), parse_lengths("1-20")), None, "fixed", 7), 40)
+    prompts, answers = parse_lengths("5-40"), parse_lengths("1-20")
+    spec = WorkloadSpec(input=prompts, output=answers, arrivals=ClosedLoop(clients=8), requests=40)
+    shapes = open_workload(spec, seed=7)
     report, run = measure(app, shapes, concurrency=8, max_requests=None)
     assert report.output_tokens == app.tokens_sent == sum(r["max_tokens"] for r in app.requests)
     assert report.pieces == report.output_tokens
@@ -90,7 +96,8 @@ def test_closed_loop_keeps_its_number_in_flight() -> None:
 
 def test_open_loop_keeps_its_times_and_counts_latency_from_them() -> None:
     app = PacedApp(ttft_s=0.02, itl_s=0.001)
-    shapes = itertools.islice(synthetic((parse_lengths("8"), parse_lengths("4")), 50.0, "fixed", 0), 25)
+    prompts, answers, arrivals = parse_lengths("8"), parse_lengths("4"), SteadyArrivals(rate_per_s=50.0)
+    shapes = open_workload(WorkloadSpec(input=prompts, output=answers, arrivals=arrivals, requests=25))
     report, run = measure(app, shapes)
     due = sorted(r.due_ns for r in run.records)
     assert due == [20 * MS * i for i in range(25)]

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from megalith.serve.load_http import Endpoint
     from megalith.serve.load_report import LoadReport, Slo
     from megalith.serve.load_run import LoadRun, RequestRecord
-    from megalith.serve.load_workload import RequestShape
+    from megalith.specs.shape import RequestShape
 
 _INTERRUPTED = 130
 _MAX_REQUESTS = 1_000_000
+_CLIENTS = 8
 
 app = App(
     name="serve",
@@ -191,14 +192,29 @@ def _check(traffic: Traffic, content: Content, results: Results) -> None:
 
 
 def _shapes(traffic: Traffic, content: Content) -> Iterator[RequestShape]:
-    from megalith.serve.load_workload import capped, parse_lengths, read_trace, synthetic
+    from megalith.specs.workload import TraceSource, WorkloadSpec, open_workload
 
-    if traffic.trace is not None:
-        shapes = read_trace(traffic.trace, traffic.speedup)
+    spec = WorkloadSpec(
+        trace=TraceSource(path=str(traffic.trace)) if traffic.trace else None,
+        speedup=traffic.speedup if traffic.trace else 1.0,
+        max_input_tokens=content.max_input,
+        max_output_tokens=content.max_output,
+        **({} if traffic.trace else _drawn(traffic, content)),
+    )
+    return open_workload(spec, traffic.seed)
+
+
+def _drawn(traffic: Traffic, content: Content) -> dict[str, Any]:
+    from megalith.specs.arrivals import ClosedLoop, PoissonArrivals, SteadyArrivals
+    from megalith.specs.lengths import parse_lengths
+
+    arrivals: ClosedLoop | PoissonArrivals | SteadyArrivals
+    if traffic.rate is None:
+        arrivals = ClosedLoop(clients=traffic.concurrency or _CLIENTS)
     else:
-        lengths = (parse_lengths(content.input_tokens), parse_lengths(content.output_tokens))
-        shapes = synthetic(lengths, traffic.rate, traffic.arrivals, traffic.seed)
-    return capped(shapes, content.max_input, content.max_output)
+        arrivals = (PoissonArrivals if traffic.arrivals == "poisson" else SteadyArrivals)(rate_per_s=traffic.rate)
+    lengths = {"input": parse_lengths(content.input_tokens), "output": parse_lengths(content.output_tokens)}
+    return {**lengths, "arrivals": arrivals}
 
 
 async def _measure(endpoint: Endpoint, target: Target, traffic: Traffic, content: Content) -> tuple[LoadRun, bool]:
@@ -213,7 +229,7 @@ async def _measure(endpoint: Endpoint, target: Target, traffic: Traffic, content
     config = LoadConfig(
         model=target.model or (await served_models(endpoint))[0],
         api=target.api,
-        concurrency=traffic.concurrency or 8,
+        concurrency=traffic.concurrency or _CLIENTS,
         max_in_flight=traffic.max_in_flight,
         max_requests=limit or _MAX_REQUESTS,
         duration_s=parse_duration_ns(traffic.duration) / 1e9 if traffic.duration else None,

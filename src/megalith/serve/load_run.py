@@ -20,7 +20,8 @@ from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
 from megalith.serve.load_http import Endpoint, EndpointError, HttpClient
 from megalith.serve.load_stream import BodySink, StreamSink, error_text
-from megalith.serve.load_workload import PromptMaker, RequestShape
+from megalith.serve.load_workload import PromptMaker
+from megalith.specs.shape import RequestShape
 
 Outcome = Literal["ok", "refused", "error", "timeout", "cancelled"]
 Api = Literal["completions", "chat"]

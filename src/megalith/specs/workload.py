@@ -1,0 +1,313 @@
+"""WorkloadSpec: where requests come from, as data; and the stream of requests that it describes.
+
+Requests are a pure function of (spec, seed): recorded, resampled from a recording, or drawn from distributions. Knows
+nothing of who serves them. The true length of an answer is in each shape, for whoever plays the model; what a
+scheduler may be told of it is `told_max_new_tokens`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from megalith.base.config import Config
+from megalith.base.errors import ConfigError
+from megalith.base.random import splitmix64, uniform
+from megalith.base.units import NS_PER_S
+from megalith.specs import draws
+from megalith.specs.arrivals import Arrivals, ClosedLoop, arrival_times
+from megalith.specs.draws import Ints
+from megalith.specs.lengths import Lengths, draw_lengths
+from megalith.specs.shape import PREFIX_BLOCK_TOKENS, RequestShape
+from megalith.specs.trace import TraceColumns, TraceFormat, read_rows
+
+_INPUT, _OUTPUT, _ARRIVAL, _PRIORITY = 1, 2, 3, 6
+"""Numbers of the random streams under a seed; the load generator's texts use 4 and 5."""
+_CHUNK = 2048
+_MAX_MISSES = 1_000_000
+
+Pairs: TypeAlias = Callable[[int, int], tuple[Ints, Ints]]
+
+
+class TraceSource(Config, kw_only=True):
+    """A recorded trace, and what is taken from it."""
+
+    path: str
+    columns: TraceColumns | None = None
+    """None: recognised by name."""
+    format: TraceFormat | None = None
+    """None: by the name of the file."""
+    resample: Literal["none", "joint", "independent"] = "none"
+    """none: requests as recorded, in order. joint: (prompt, answer) pairs drawn with replacement (DistServe).
+    independent: prompts and answers drawn each on their own (Splitwise). Drawn ones have no prefixes in common."""
+    start_s: float = 0.0
+    """Leave out what comes earlier than this after the first request; the window's start becomes time zero."""
+    end_s: float | None = None
+    """Leave out what comes at this time or later."""
+
+
+class WorkloadSpec(Config, kw_only=True):
+    """Where requests come from: a `trace`, or `input` and `output` lengths."""
+
+    name: str = ""
+    source: str = ""
+    """Where the figures come from."""
+    trace: TraceSource | None = None
+    input: Lengths | None = None
+    output: Lengths | None = None
+    arrivals: Arrivals | None = None
+    """None: as recorded."""
+    speedup: float = 1.0
+    """All times divided by this."""
+    requests: int | None = None
+    """Stop after so many; None: when the trace ends, and never for drawn ones."""
+    duration_s: float | None = None
+    """Stop before the first arrival at or after this time, counted after `speedup`."""
+    max_total_tokens: int | None = None
+    """Leave out requests with more than this in prompt and answer together."""
+    max_input_tokens: int | None = None
+    """Cut longer prompts to this."""
+    max_output_tokens: int | None = None
+    """Cut longer answers to this."""
+    priority_share: float = 0.0
+    """Share of the requests that get priority 1 instead of what the trace says."""
+    max_new: int | Literal["context", "true"] = "context"
+    """What a scheduler is told as the most tokens of an answer: all that the context leaves; a number, at which answers
+    are cut as well; or the true length, which no scheduler can know (see `oracle`)."""
+    prefix_block_tokens: int = PREFIX_BLOCK_TOKENS
+    """Prompt tokens that one prefix id of the trace stands for."""
+
+    def __post_init__(self) -> None:
+        _check_source(self)
+        _check_numbers(self)
+
+    @property
+    def nature(self) -> Literal["recorded", "resampled", "synthetic"]:
+        """What the requests are; `recorded` only when lengths and times both are."""
+        if self.trace is None:
+            return "synthetic"
+        return "recorded" if self.trace.resample == "none" and self.arrivals is None else "resampled"
+
+    @property
+    def oracle(self) -> bool:
+        """The scheduler is told what nobody can know. Results must say so."""
+        return self.max_new == "true"
+
+    @property
+    def endless(self) -> bool:
+        """Nothing bounds the number of requests."""
+        bounded_by_trace = self.trace is not None and (self.trace.resample == "none" or self.arrivals is None)
+        timed = self.duration_s is not None and not isinstance(self.arrivals, ClosedLoop)
+        return self.requests is None and not timed and not bounded_by_trace
+
+
+def _check_source(spec: WorkloadSpec) -> None:
+    drawn = spec.input is not None and spec.output is not None
+    if (spec.trace is None) != drawn or (spec.trace is not None and (spec.input or spec.output)):
+        raise ConfigError("A workload needs a trace, or both input and output lengths.", "Give one of the two.")
+    if drawn and spec.arrivals is None:
+        raise ConfigError(
+            "Drawn lengths have no arrival times.", "Give arrivals, such as poisson at 5 requests a second."
+        )
+    columns = spec.trace.columns if spec.trace else None
+    if columns is not None and columns.arrival is None and spec.arrivals is None:
+        raise ConfigError("The trace has no arrival column.", "Give arrivals, such as poisson at 5 requests a second.")
+
+
+def _check_numbers(spec: WorkloadSpec) -> None:
+    positive = {
+        "speedup": spec.speedup, "requests": spec.requests, "duration_s": spec.duration_s,
+        "max_total_tokens": spec.max_total_tokens, "max_input_tokens": spec.max_input_tokens,
+        "max_output_tokens": spec.max_output_tokens, "prefix_block_tokens": spec.prefix_block_tokens,
+        "max_new": spec.max_new if isinstance(spec.max_new, int) else None,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value is not None and not 0 < value < 1e18:
+            raise ConfigError(f"{name} is {value:g}.", "Give a number above 0.")
+    if not 0 <= spec.priority_share <= 1:
+        raise ConfigError(f"priority_share is {spec.priority_share:g}.", "Give a share from 0 to 1, such as 0.1.")
+    if spec.trace is not None:
+        start_s, end_s = spec.trace.start_s, spec.trace.end_s
+        if not 0 <= start_s < (1e9 if end_s is None else end_s):
+            raise ConfigError(f"The window from {start_s:g} s to {end_s} s is empty.", "Give a start below the end.")
+
+
+def told_max_new_tokens(spec: WorkloadSpec, shape: RequestShape, context_tokens: int) -> int:
+    """What a scheduler may be told of the length of an answer, at least 1."""
+    left = max(1, context_tokens - shape.input_tokens)
+    if spec.max_new == "context":
+        return left
+    return min(left, shape.output_tokens if spec.max_new == "true" else spec.max_new)
+
+
+def open_workload(spec: WorkloadSpec, seed: int = 0) -> Iterator[RequestShape]:
+    """The requests, in the order of arrival; `at_ns` is None in a closed loop. The same for (spec, seed) everywhere.
+
+    Streams: memory does not grow with the number of requests, except that resampling holds the lengths of its trace.
+    Raises ConfigError, naming the line, where a trace cannot be read, and when nothing is left of it.
+    """
+    if spec.trace is None:
+        assert spec.input is not None
+        assert spec.output is not None
+        return _drawn(spec, seed, _length_pairs(spec.input, spec.output, seed))
+    if spec.trace.resample == "none":
+        return _replayed(spec, spec.trace, seed)
+    return _drawn(spec, seed, _trace_pairs(spec.trace, seed))
+
+
+def read_trace(path: Path, speedup: float = 1.0) -> Iterator[RequestShape]:
+    """Requests of a recorded trace of a known format, due as recorded (the first at zero), `speedup` times faster."""
+    return open_workload(WorkloadSpec(trace=TraceSource(path=str(path)), speedup=speedup))
+
+
+def _windowed(source: TraceSource) -> Iterator[tuple[int, int, int, tuple[int, ...], int]]:
+    """(ns since the start of the window, prompt, answer, prefix ids, priority) of the rows inside it."""
+    start_ns = round(source.start_s * NS_PER_S)
+    end_ns = None if source.end_s is None else round(source.end_s * NS_PER_S)
+    zero_ns: int | None = None
+    for _, at_ns, prompt, answer, ids, priority in read_rows(Path(source.path), source.columns, source.format):
+        if zero_ns is None:
+            zero_ns = at_ns
+        since_ns = at_ns - zero_ns
+        if end_ns is not None and since_ns >= end_ns:
+            return
+        if since_ns >= start_ns:
+            yield since_ns - start_ns, prompt, answer, ids, priority
+
+
+def _replayed(spec: WorkloadSpec, source: TraceSource, seed: int) -> Iterator[RequestShape]:
+    """Requests as recorded; only their times may be drawn."""
+    times = _times(spec, seed)
+    end_ns = None if spec.duration_s is None else round(spec.duration_s * NS_PER_S)
+    most_input, most_output = spec.max_input_tokens or 10**18, _most_output(spec)
+    most_total, share, speedup = spec.max_total_tokens or 10**18, spec.priority_share, spec.speedup
+    priority_seed = splitmix64(seed, _PRIORITY)
+    index, seen = 0, 0
+    for recorded_ns, prompt, answer, ids, priority in _windowed(source):
+        seen += 1
+        if prompt + answer > most_total:
+            continue
+        at_ns = recorded_ns if times is None else next(times)
+        if at_ns is not None:
+            at_ns = at_ns if speedup == 1 else round(at_ns / speedup)
+            if end_ns is not None and at_ns >= end_ns:
+                return
+        if share and uniform(priority_seed, index) < share:
+            priority = 1
+        yield RequestShape(index, at_ns, min(prompt, most_input), min(answer, most_output), ids, priority)
+        index += 1
+        if index == spec.requests:
+            return
+    if not index:
+        what = f"Nothing is left of the trace {source.path}: {seen} requests in its window, none within the limits."
+        raise ConfigError(what, "Widen the window or raise max_total_tokens.")
+
+
+def _times(spec: WorkloadSpec, seed: int) -> Iterator[int | None] | None:
+    """Drawn due times before `speedup`; None where they are as recorded."""
+    if spec.arrivals is None:
+        return None
+    if isinstance(spec.arrivals, ClosedLoop):
+        return repeat(None)
+    return iter(arrival_times(spec.arrivals, splitmix64(seed, _ARRIVAL)))
+
+
+def _most_output(spec: WorkloadSpec) -> int:
+    """A scheduler that is told a number stops the answer there."""
+    told = spec.max_new if isinstance(spec.max_new, int) else 10**18
+    return min(told, spec.max_output_tokens or 10**18)
+
+
+def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape]:
+    """Requests made of drawn lengths, some thousands at a time."""
+    times = _Clock(spec, seed)
+    index, first = 0, 0
+    while spec.requests is None or index < spec.requests:
+        count = _CHUNK if spec.requests is None else min(_CHUNK, spec.requests - index)
+        inputs, outputs = pairs(first, count)
+        first += count
+        if spec.max_total_tokens is not None:
+            kept = inputs + outputs <= spec.max_total_tokens
+            inputs, outputs = inputs[kept], outputs[kept]
+            if not index and not len(inputs) and first > _MAX_MISSES:
+                what = f"None of {first:,} drawn requests has at most {spec.max_total_tokens} tokens in all."
+                raise ConfigError(what, "Raise max_total_tokens, or draw shorter lengths.")
+        inputs, outputs = np.minimum(inputs, spec.max_input_tokens or 10**18), np.minimum(outputs, _most_output(spec))
+        at_ns = times.next(len(inputs))
+        indices = range(index, index + len(inputs))
+        # Zipped with the times: where those end, so does the workload.
+        yield from map(
+            RequestShape, indices, at_ns, inputs.tolist(), outputs.tolist(), repeat(()),
+            _priorities(spec, seed, index, len(inputs)),
+        )  # fmt: skip
+        if times.ended:
+            return
+        index += len(inputs)
+
+
+def _priorities(spec: WorkloadSpec, seed: int, first: int, count: int) -> Iterator[int]:
+    if not spec.priority_share:
+        return repeat(0)
+    urgent = draws.shares(splitmix64(seed, _PRIORITY), first, count) < spec.priority_share
+    return iter(urgent.astype(np.int64).tolist())
+
+
+class _Clock:
+    """Due times for drawn requests, so many at a time, until the workload's end."""
+
+    def __init__(self, spec: WorkloadSpec, seed: int) -> None:
+        times = _times(spec, seed)
+        if times is None:
+            assert spec.trace is not None
+            times = (row[0] for row in _windowed(spec.trace))
+        self._times, self._speedup = times, spec.speedup
+        self._end_ns = None if spec.duration_s is None else round(spec.duration_s * NS_PER_S)
+        self.ended = False
+
+    def next(self, count: int) -> list[int | None]:
+        """Up to `count` times; fewer, and `ended`, when there are no more."""
+        times = list(islice(self._times, count))
+        if self._speedup != 1:
+            times = [None if at_ns is None else round(at_ns / self._speedup) for at_ns in times]
+        if self._end_ns is not None and times and times[-1] is not None and times[-1] >= self._end_ns:
+            end_ns = self._end_ns
+            times = [at_ns for at_ns in times if at_ns is not None and at_ns < end_ns]
+        self.ended = len(times) < count
+        return times
+
+
+def _length_pairs(inputs: Lengths, outputs: Lengths, seed: int) -> Pairs:
+    streams = splitmix64(seed, _INPUT), splitmix64(seed, _OUTPUT)
+
+    def pairs(first: int, count: int) -> tuple[Ints, Ints]:
+        return draw_lengths(inputs, streams[0], first, count), draw_lengths(outputs, streams[1], first, count)
+
+    return pairs
+
+
+def _trace_pairs(source: TraceSource, seed: int) -> Pairs:
+    """Lengths drawn with replacement from those of a trace, as pairs or each on their own."""
+    found: tuple[array[int], array[int]] = (array("q"), array("q"))
+    for _, prompt, answer, _, _ in _windowed(source):
+        found[0].append(prompt)
+        found[1].append(answer)
+    rows = len(found[0])
+    if not rows:
+        raise ConfigError(f"The window of the trace {source.path} has no requests.", "Widen it.")
+    prompts, answers = (np.frombuffer(lengths, dtype=np.int64) for lengths in found)
+    streams = splitmix64(seed, _INPUT), splitmix64(seed, _OUTPUT)
+
+    def picks(stream: int, first: int, count: int) -> Ints:
+        return np.floor(draws.shares(stream, first, count) * rows).astype(np.int64)
+
+    def pairs(first: int, count: int) -> tuple[Ints, Ints]:
+        left = picks(streams[0], first, count)
+        right = left if source.resample == "joint" else picks(streams[1], first, count)
+        return prompts[left], answers[right]
+
+    return pairs

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import pools, routing
+from megalith.policy import freeness, pools, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -84,6 +84,12 @@ ROUTERS: dict[str, Entry[Router]] = {
         "shortest prompt queue, decode where most memory is unpromised, KV fetched",
         "DistServe, OSDI 2024",
     ),
+    "freeness": Entry(
+        freeness.FreenessRouter,
+        freeness.FreenessOptions,
+        "most free blocks for each request, with headroom for priorities",
+        "Llumnix, OSDI 2024",
+    ),
     "splitwise": Entry(
         pools.SplitwisePools,
         pools.SplitwiseOptions,
@@ -92,7 +98,14 @@ ROUTERS: dict[str, Entry[Router]] = {
     ),
 }
 
-CONTROLLERS: dict[str, Entry[Controller]] = {}
+CONTROLLERS: dict[str, Entry[Controller]] = {
+    "rebalance": Entry(
+        freeness.Rebalance,
+        freeness.RebalanceOptions,
+        "move running requests from instances short of room to those with most",
+        "Llumnix, OSDI 2024",
+    ),
+}
 
 
 def router(spec: PolicySpec, seed: int) -> Router:

@@ -29,7 +29,7 @@ class Counters:
     preempted_recompute: int = 0
     preempted_swap: int = 0
     arrived: int = 0
-    """Requests whose KV came from elsewhere."""
+    """Requests whose KV came from elsewhere, and those that were held and go on."""
     departed: int = 0
     """Requests whose KV went elsewhere."""
     prefix_queried_tokens: int = 0
@@ -119,6 +119,12 @@ class Roster:
         """Take a member out of the cohort for a step that not all decodes are in."""
         self.cohort.leave(member)
         insort(self.prompts, member, key=_rank)
+
+    def hold(self, sequence: Sequence) -> None:
+        """A running request leaves the batch and keeps its blocks, as one whose KV is on its way does."""
+        self._step_aside(sequence)
+        sequence.phase = Phase.INCOMING
+        self.num_incoming += 1
 
     def admit(self, head: Sequence) -> Admitted | Short:
         """Bring the head of the queue onto the device, with blocks for all of its known tokens."""

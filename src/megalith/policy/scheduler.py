@@ -23,6 +23,7 @@ from typing import NamedTuple
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
 from megalith.policy.batching import BatchFacts, BatchPolicy
+from megalith.policy.cohort import Cohort
 from megalith.policy.draft import Draft
 from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
 from megalith.policy.kv import IntegrityError, KvAccount, Short
@@ -161,7 +162,7 @@ class Scheduler:
         return True
 
     def commit(self, request_id: RequestId) -> None:
-        """The KV of a reserved request is here: it decodes from the next step on."""
+        """The KV of a reserved (or held) request is here: it decodes from the next step on."""
         sequence = self._incoming(request_id)
         self._roster.num_incoming -= 1
         sequence.phase = Phase.RUNNING
@@ -174,8 +175,21 @@ class Scheduler:
         else:
             self._roster.cohort.join(sequence)
 
+    def hold(self, request_id: RequestId) -> None:
+        """Take a decoding request out of the batch; it keeps its blocks until it departs or is committed again.
+
+        A step under way gives it no token.
+        """
+        sequence = self._roster.sequences.get(request_id)
+        if sequence is None or sequence.phase is not Phase.RUNNING or sequence.known - sequence.computed != 1:
+            raise ValueError(f"request {request_id} does not decode here")
+        self._roster.hold(sequence)
+        if sequence in self._committed:
+            self._committed.remove(sequence)
+        self._changed = True
+
     def depart(self, request_id: RequestId) -> int:
-        """Let a running request go elsewhere and free its blocks. Returns its known tokens."""
+        """Let a running or held request go elsewhere and free its blocks. Returns its known tokens."""
         sequence = self._roster.sequences[request_id]
         known = sequence.known
         self._roster.remove(sequence)
@@ -260,8 +274,7 @@ class Scheduler:
                 roster.remove(sequence)
                 roster.counters.finished += 1
                 self._changed = True
-        if self._changed:
-            self._runs_left = 0
+                self._runs_left = 0
         self._in_flight = False
 
     # Reading
@@ -272,6 +285,11 @@ class Scheduler:
         return self._roster.counters
 
     @property
+    def cohort(self) -> Cohort:
+        """The requests that decode, for whoever times their steps. Read it only."""
+        return self._roster.cohort
+
+    @property
     def num_running(self) -> int:
         """Requests that hold device blocks."""
         return self._roster.num_running
@@ -280,6 +298,25 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that hold no KV: new ones and those preempted for recompute."""
         return len(self._roster.queue) - self._roster.num_swapped
+
+    @property
+    def num_held(self) -> int:
+        """Requests that hold blocks for KV that comes or goes, and are in no step."""
+        return self._roster.num_incoming
+
+    def waiting(self) -> list[Sequence]:
+        """Those off the device, in rank order. O(n log n)."""
+        return sorted(self._roster.queue, key=_rank)
+
+    def running(self) -> list[Sequence]:
+        """Those in steps, in rank order, with their tables settled. O(batch)."""
+        for member in self._roster.cohort.members:
+            self._roster.cohort.settle(member)
+        return self._roster.running
+
+    def head(self) -> Sequence | None:
+        """The first of those off the device."""
+        return self._roster.queue.head()
 
     @property
     def num_swapped(self) -> int:

@@ -86,6 +86,8 @@ class HandoffSpec(Config, kw_only=True):
     """When the decode side has no room: wait on the prefill side, whose memory is the buffer, or decode there."""
     max_waiting: int = 1024
     """Most that may wait on one prefill instance; those that come then decode there."""
+    max_wait_s: float = 60.0
+    """Whoever has waited this long decodes on the prefill side after all."""
     accept_share: float = 0.05
     """`pull`: the decode side fetches while less than this share of its blocks is on the way or waits there.
     Source: DistServe, waiting_block_prop_threshold."""

@@ -97,11 +97,20 @@ class InstanceFacts(Protocol):
 class View(Protocol):
     """What a policy sees of the cluster."""
 
-    now_ns: int
-    as_of_ns: int
-    """When the facts were taken; now_ns minus this is their age."""
-    instances: Sequence[InstanceFacts]
-    """All that exist, in the order of their ids."""
+    @property
+    def now_ns(self) -> int:
+        """The time."""
+        ...
+
+    @property
+    def as_of_ns(self) -> int:
+        """When the facts were taken; now_ns minus this is their age."""
+        ...
+
+    @property
+    def instances(self) -> Sequence[InstanceFacts]:
+        """All that exist, in the order of their ids."""
+        ...
 
     def by_role(self, role: Role) -> Sequence[InstanceFacts]:
         """Those that accept requests and have this role now."""

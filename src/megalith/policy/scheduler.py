@@ -247,12 +247,15 @@ class Scheduler:
         self._in_flight = True
         return True
 
-    def complete(self, plan: StepPlan, finished: Iterable[RequestId] = (), steps: int = 1) -> None:
+    def complete(
+        self, plan: StepPlan, finished: Iterable[RequestId] = (), steps: int = 1, under_way: bool = False
+    ) -> None:
         """The plan ran `steps` times: sampled requests know one more token for each; `finished` ones are released.
 
         A request that has all its max_new_tokens must be among `finished`; ids that are gone already are passed over.
         `steps` at once leave the same state as one at a time, also when something was added meanwhile; runs that were
-        done before an abort() are to be completed before it.
+        done before an abort() are to be completed before it. `under_way` says that the run after these has begun, before
+        whatever changed since.
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:
             raise ValueError(f"not the last plan, or {steps} runs of it where {self._runs_left} are left")
@@ -266,7 +269,7 @@ class Scheduler:
         if plan.listed:
             self._advance_listed(plan)
         self._runs_left -= steps
-        if self._committed:
+        if self._committed and not under_way:
             self._settle_committed()
         for request_id in sorted(finished) if finished else ():
             sequence = roster.sequences.get(request_id)
@@ -275,7 +278,7 @@ class Scheduler:
                 roster.counters.finished += 1
                 self._changed = True
                 self._runs_left = 0
-        self._in_flight = False
+        self._in_flight = under_way and roster.cohort.begin()
 
     # Reading
 

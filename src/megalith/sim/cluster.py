@@ -1,0 +1,399 @@
+"""The simulated cluster: instances, a router at every arrival, controllers on events, and the commands carried out.
+
+Knows the words of policy/cluster.py and nothing of any single policy. Everything that happens goes through the kernel,
+and every decision into its hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from megalith.base.errors import MegalithError
+from megalith.policy.cluster import (
+    Command,
+    Commanding,
+    Controller,
+    Defer,
+    Event,
+    Headroom,
+    InstanceId,
+    Reject,
+    Role,
+    Route,
+    Router,
+    SetRole,
+)
+from megalith.policy.facts import Request, RequestId
+from megalith.sim.instance import Instance
+from megalith.sim.kernel import Kernel
+from megalith.sim.live import Live, Outcome
+from megalith.sim.view import ClusterView, Facts
+from megalith.specs.fleet import PoolSpec
+
+ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
+"""Kinds of entries in the log of decisions."""
+
+
+class Sink(Protocol):
+    """Where a run is recorded (sim/record.py)."""
+
+    def finished(self, live: Live) -> None:
+        """A request ended."""
+        ...
+
+    def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
+        """Steps of decodes."""
+        ...
+
+    def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
+        """A step with prompt chunks."""
+        ...
+
+
+class Executor(Protocol):
+    """Carries out commands of some kinds. Returns why it refuses, or None; the end of what it starts it tells itself."""
+
+    def carry_out(self, command: Command) -> str | None:
+        """Begin."""
+        ...
+
+
+class Handoff(Protocol):
+    """What becomes of prompts that decode elsewhere (sim/transfer.py)."""
+
+    def expect(self, request: Request, source: InstanceId, target: InstanceId, mode: str) -> None:
+        """It was routed."""
+        ...
+
+    def prompt_done(self, request_id: RequestId) -> bool:
+        """The first token is there; True when it was taken out of the batch."""
+        ...
+
+    def gone(self, request_id: RequestId) -> None:
+        """It ended."""
+        ...
+
+    def preempted(self, request_id: RequestId) -> None:
+        """It lost its blocks."""
+        ...
+
+    def room(self, instance: InstanceId) -> None:
+        """Blocks came free."""
+        ...
+
+    def down(self, instance: InstanceId) -> None:
+        """An instance died."""
+        ...
+
+
+class Cluster:
+    """See the module. Add pools, then `feed()` it requests and run the kernel."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        router: Router,
+        controllers: Sequence[Controller],
+        sink: Sink,
+        make: Callable[[InstanceId, PoolSpec, Cluster], Instance],
+    ) -> None:
+        """`make` builds an instance of a pool, whose outlet is the cluster."""
+        self.kernel = kernel
+        self.router = router
+        self.sink = sink
+        self.instances: dict[InstanceId, Instance] = {}
+        self.pools: dict[InstanceId, PoolSpec] = {}
+        self.facts: dict[InstanceId, Facts] = {}
+        self.live: dict[RequestId, Live] = {}
+        """All requests that have arrived and not ended."""
+        self.view = ClusterView(lambda: kernel.now_ns)
+        self.executors: dict[type[Command], Executor] = {}
+        self.handoffs: Handoff | None = None
+        self.ended = 0
+        self.on_end: Callable[[Live], object] | None = None
+        """Told of every request that ends, such as a closed loop of clients."""
+        self._make = make
+        self._next_id = 0
+        self._commanding = router if isinstance(router, Commanding) else None
+        both = [router] if hasattr(router, "act") else []
+        self.controllers: list[Controller] = [*both, *controllers]  # type: ignore[list-item]
+        self._listeners: dict[str, list[Controller]] = {}
+        for controller in self.controllers:
+            for kind in controller.listens:
+                self._listeners.setdefault(kind, []).append(controller)
+        self._arrivals: Iterator[Live] = iter(())
+        self._more = False
+        """More arrivals are to come."""
+
+    # Instances
+
+    def add_instance(self, pool: PoolSpec) -> Instance:
+        """One more instance of a pool, serving from now on."""
+        instance_id, self._next_id = self._next_id, self._next_id + 1
+        instance = self._make(instance_id, pool, self)
+        facts = Facts(instance, pool)
+        instance.facts = facts
+        self.instances[instance_id], self.pools[instance_id], self.facts[instance_id] = instance, pool, facts
+        self.view.add(facts)
+        return instance
+
+    def remove_instance(self, instance_id: InstanceId) -> None:
+        """Take an instance away that has nothing left."""
+        if self.instances[instance_id].lives:
+            raise RuntimeError(f"instance {instance_id} still has {len(self.instances[instance_id].lives)} requests")
+        self.view.remove(instance_id)
+        del self.instances[instance_id], self.pools[instance_id], self.facts[instance_id]
+
+    # Requests
+
+    def feed(self, arrivals: Iterator[Live]) -> None:
+        """Take requests from `arrivals`, which are in the order of arrival, as their time comes."""
+        self._arrivals, self._more = arrivals, True
+        self._await_next()
+
+    def start(self) -> None:
+        """Set the ticks of controllers going."""
+        for controller in self.controllers:
+            if controller.period_ns is not None:
+                self.kernel.at(self.kernel.now_ns + controller.period_ns, self._tick, controller)
+
+    def arrive(self, live: Live) -> None:
+        """A request comes now."""
+        self.live[live.request.id] = live
+        if "arrival" in self._listeners:
+            self.emit(Event("arrival", self.kernel.now_ns, live.request.id))
+        self.route(live)
+
+    def route(self, live: Live) -> None:
+        """Ask the router where a request goes, and send it there."""
+        placement = self.router.route(live.request, self.view)
+        if self._commanding is not None:
+            for command in self._commanding.commands():
+                self.carry_out(command)
+        if isinstance(placement, Route):
+            self._place(live, placement)
+        elif isinstance(placement, Defer):
+            self.kernel.at(max(placement.until_ns, self.kernel.now_ns + 1), self.route, live)
+        elif isinstance(placement, Reject):
+            self.end(live, "rejected")
+
+    def end(self, live: Live, outcome: Outcome) -> None:
+        """A request is over, one way or another."""
+        live.outcome = outcome
+        del self.live[live.request.id]
+        self.ended += 1
+        self.sink.finished(live)
+        self.kernel.log(FINISH, live.request.id, live.generated)
+        if "finish" in self._listeners:
+            request = live.request
+            data = {"instance": live.instance, "prompt_tokens": request.prompt_tokens, "new_tokens": live.generated,
+                    "outcome": outcome}  # fmt: skip
+            self.emit(Event("finish", self.kernel.now_ns, request.id, data))
+        if self.on_end is not None:
+            self.on_end(live)
+
+    def _await_next(self) -> None:
+        live = next(self._arrivals, None)
+        self._more = live is not None
+        if live is not None:
+            self.kernel.at(live.request.arrival_ns, self._next, live)
+
+    def _next(self, live: Live) -> None:
+        self._await_next()
+        self.arrive(live)
+
+    def _place(self, live: Live, route: Route) -> None:
+        instance = self.instances.get(route.instance)
+        request = live.request
+        if instance is None or instance.down:
+            self.kernel.at(self.kernel.now_ns + 1, self.route, live)
+            return
+        live.instance = route.instance
+        facts = self.facts[route.instance]
+        target = route.decode_instance
+        split = target is not None and target != route.instance and self.handoffs is not None
+        try:
+            instance.submit(live)
+        except MegalithError:
+            self.end(live, "rejected")
+            return
+        self.kernel.log(ARRIVE, request.id, route.instance)
+        facts.outstanding += 1
+        facts.pending_tokens += request.prompt_tokens
+        if not split:
+            facts.promised_tokens += request.prompt_tokens + request.max_new_tokens
+            return
+        assert target is not None
+        assert self.handoffs is not None
+        live.decode_instance, live.transfer = target, route.transfer
+        facts.promised_tokens += request.prompt_tokens + 1
+        decode = self.facts[target]
+        decode.outstanding += 1
+        decode.promised_tokens += request.prompt_tokens + request.max_new_tokens
+        self.handoffs.expect(request, route.instance, target, route.transfer)
+
+    # What instances tell (Outlet)
+
+    def first_token(self, instance: Instance, live: Live) -> None:
+        """See Outlet."""
+        request = live.request
+        self.facts[instance.id].pending_tokens -= request.prompt_tokens
+        self.kernel.log(FIRST, request.id, instance.id)
+        if "first_token" in self._listeners:
+            self.emit(Event("first_token", self.kernel.now_ns, request.id, {"instance": instance.id}))
+        if live.decode_instance >= 0 and self.handoffs is not None and live.generated < live.output_tokens:
+            if self.handoffs.prompt_done(request.id):
+                instance.left(live)
+
+    def finished(self, instance: Instance, live: Live) -> None:
+        """See Outlet."""
+        self._uncount(instance.id, live)
+        if self.handoffs is not None:
+            if live.decode_instance >= 0:
+                self._forget_decode(live)
+            self.handoffs.room(instance.id)
+        self.end(live, "finished")
+
+    def preempted(self, instance: Instance, live: Live) -> None:
+        """See Outlet."""
+        self.kernel.log(PREEMPT, live.request.id, instance.id)
+        if self.handoffs is not None and live.decode_instance >= 0:
+            self.handoffs.preempted(live.request.id)
+        if "preempt" in self._listeners:
+            self.emit(Event("preempt", self.kernel.now_ns, live.request.id, {"instance": instance.id}))
+
+    def idle(self, instance: Instance) -> None:
+        """See Outlet."""
+        if "idle" in self._listeners:
+            self.emit(Event("idle", self.kernel.now_ns, instance.id))
+
+    def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:  # noqa: ARG002
+        """See Outlet."""
+        self.sink.steps(first_ps, slope_ps, steps, decodes)
+
+    def prompt_stepped(self, instance: Instance, duration_ps: int, prompt_tokens: int, decodes: int) -> None:  # noqa: ARG002
+        """See Outlet."""
+        self.sink.prompt_step(duration_ps, prompt_tokens, decodes)
+
+    # What movers tell (Host)
+
+    def find(self, instance: InstanceId) -> Instance | None:
+        """An instance that is up."""
+        found = self.instances.get(instance)
+        return None if found is None or found.down else found
+
+    def request(self, request_id: RequestId) -> Request | None:
+        """A request that has not ended."""
+        live = self.live.get(request_id)
+        return None if live is None else live.request
+
+    def moved(self, request_id: RequestId, source: InstanceId, target: InstanceId, kind: str) -> None:
+        """A request runs on `target` from now on."""
+        live = self.live[request_id]
+        old, new = self.instances.get(source), self.instances[target]
+        if old is not None:
+            old.lives.pop(request_id, None)
+            old.left(live)
+            self._uncount(source, live)
+        live.instance = target
+        if kind == "migration":
+            live.migrations += 1
+            self.facts[target].outstanding += 1
+            self.facts[target].promised_tokens += live.request.prompt_tokens + live.request.max_new_tokens
+        else:
+            live.decode_instance = -1
+            live.transfer_ns += self.kernel.now_ns - live.first_ns
+        self.kernel.log(MOVE, request_id, target)
+        new.joined(live)
+
+    def kept(self, request_id: RequestId, instance: InstanceId) -> None:
+        """The hand-off is off: it decodes where its prompt ran."""
+        live = self.live[request_id]
+        facts = self.facts[instance]
+        facts.promised_tokens += live.request.max_new_tokens - 1
+        self._forget_decode(live)
+        if live.finish_clock < 0:
+            self.kernel.at(self.kernel.now_ns, self._resume, live)
+
+    def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:  # noqa: ARG002
+        """Another decode instance for a request whose own was lost: the least loaded of the role."""
+        others = [facts for facts in self.view.by_role("decode") if facts.id in self.instances]
+        return min(others, key=lambda facts: (facts.outstanding, facts.id)).id if others else None
+
+    def emit(self, event: Event) -> None:
+        """Tell the controllers that listen, and do what they want."""
+        for controller in self._listeners.get(event.kind, ()):
+            for command in controller.act(event, self.view):
+                self.carry_out(command)
+
+    # Commands
+
+    def carry_out(self, command: Command) -> None:
+        """Begin what a controller wants; the outcome comes back as a `command` event."""
+        self.kernel.log(COMMAND, _number(command), 0)
+        if isinstance(command, SetRole):
+            self.set_role(command.instance, command.role)
+            self.over(command, "done")
+        elif isinstance(command, Headroom) and type(command) not in self.executors:
+            facts = self.facts.get(command.instance)
+            if facts is None:
+                self.over(command, "refused", "there is no such instance")
+                return
+            facts.headroom_blocks = command.blocks
+            facts.accepting = command.blocks != float("inf")
+            self.view.changed()
+            self.over(command, "done")
+        else:
+            executor = self.executors.get(type(command))
+            refused = "nothing here can do that" if executor is None else executor.carry_out(command)
+            if refused is not None:
+                self.over(command, "refused", refused)
+
+    def over(self, command: Command, outcome: str, reason: str = "") -> None:
+        """Tell the controllers how a command ended."""
+        if "command" in self._listeners:
+            data = {"command": command, "outcome": outcome, "reason": reason}
+            self.emit(Event("command", self.kernel.now_ns, data=data))
+
+    def set_role(self, instance: InstanceId, role: Role) -> None:
+        """The instance takes another role for requests routed from now on."""
+        if instance in self.facts:
+            self.facts[instance].role = role
+            self.view.changed()
+
+    def _tick(self, controller: Controller) -> None:
+        for command in controller.act(Event("tick", self.kernel.now_ns), self.view):
+            self.carry_out(command)
+        if self.live or self._more:
+            self.kernel.at(self.kernel.now_ns + (controller.period_ns or 1), self._tick, controller)
+
+    def _uncount(self, instance: InstanceId, live: Live) -> None:
+        """A request is no longer on this instance."""
+        facts = self.facts[instance]
+        request = live.request
+        facts.outstanding -= 1
+        if live.first_ns < 0:
+            facts.pending_tokens -= request.prompt_tokens
+        most = 1 if live.decode_instance >= 0 and live.decode_instance != instance else request.max_new_tokens
+        facts.promised_tokens -= request.prompt_tokens + most
+
+    def _forget_decode(self, live: Live) -> None:
+        """It will not decode where it was to."""
+        target, live.decode_instance = live.decode_instance, -1
+        if target in self.facts:
+            decode = self.facts[target]
+            decode.outstanding -= 1
+            decode.promised_tokens -= live.request.prompt_tokens + live.request.max_new_tokens
+        if self.handoffs is not None:
+            self.handoffs.gone(live.request.id)
+
+    def _resume(self, live: Live) -> None:
+        instance = self.instances.get(live.instance)
+        if instance is not None and live.finish_clock < 0 and not live.outcome:
+            instance.joined(live)
+
+
+def _number(command: Command) -> int:
+    """A number for the log, the same on every machine."""
+    return (Command.__args__.index(type(command)) << 32) + getattr(command, "instance", 0)

@@ -1,0 +1,324 @@
+"""One simulated instance: a real Scheduler whose steps take the time that a StepTimer says.
+
+It forms a plan, asks how long it takes, and comes back when it is over. A plan of decodes that may be repeated is run
+as one leap: the sum of a line, in integers, up to the first request that ends, the end of the plan's repeats or of the
+line. Whatever arrives meanwhile cuts the leap at the next step boundary. Tokens, times and decisions are those of
+stepping (`leap=False`), to the nanosecond.
+
+Inside, time is integer picoseconds; a boundary is seen from outside at the next whole nanosecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from math import isqrt
+from typing import Protocol
+
+from megalith.cost.timer import PS_PER_NS, Prompt, StepTimer
+from megalith.policy.cluster import InstanceFacts, InstanceId
+from megalith.policy.facts import RequestId, StepPlan
+from megalith.policy.scheduler import Scheduler
+from megalith.sim.kernel import STEP_END, Kernel
+from megalith.sim.live import NEVER, Live
+
+
+class Outlet(Protocol):
+    """Who is told what happens on an instance, in the nanosecond when it happens."""
+
+    def first_token(self, instance: Instance, live: Live) -> None:
+        """The prompt is done and the first token is there; the request decodes on here unless it is held now."""
+        ...
+
+    def finished(self, instance: Instance, live: Live) -> None:
+        """The last token is there; the request has left the instance."""
+        ...
+
+    def preempted(self, instance: Instance, live: Live) -> None:
+        """It was taken off the device and waits."""
+        ...
+
+    def idle(self, instance: Instance) -> None:
+        """Nothing is left to run."""
+        ...
+
+    def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
+        """Steps of decodes alone were run."""
+        ...
+
+    def prompt_stepped(self, instance: Instance, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
+        """A step with prompt chunks was run."""
+        ...
+
+
+class Instance:
+    """See the module. `id` is its number in the cluster; `leap=False` runs one step at a time."""
+
+    __slots__ = (
+        "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_out", "_plan",
+        "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps", "busy_prompt_ps", "down",
+        "facts", "id", "kernel", "lives", "scheduler", "steps", "timer",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        instance_id: InstanceId,
+        kernel: Kernel,
+        scheduler: Scheduler,
+        timer: StepTimer,
+        out: Outlet,
+        leap: bool = True,
+    ) -> None:
+        self.id = instance_id
+        self.kernel = kernel
+        self.scheduler = scheduler
+        self.timer = timer
+        self.lives: dict[RequestId, Live] = {}
+        """All requests that are here."""
+        self.busy_prompt_ps = self.busy_decode_ps = 0
+        """Time in steps with prompt chunks and in steps of decodes alone, as of the last boundary that was counted."""
+        self.steps = 0
+        self.down = False
+        self.facts: InstanceFacts
+        """What policies see of it; the cluster sets it."""
+        self._out = out
+        self._leap = leap
+        self._cohort = scheduler.cohort
+        self._finishes: list[tuple[int, RequestId]] = []
+        """(clock of the cohort, request): who has its last token when; those that stepped aside are dropped when met."""
+        self._at_boundary: list[Callable[[], object]] = []
+        self._version = 0
+        """Of the event that ends the step or leap; an older one is void."""
+        self._running = False
+        """A step is under way, or the event that begins one is due."""
+        self._plan: StepPlan | None = None
+        self._begun_ps = self._end_ps = self._first_ps = self._slope_ps = self._steps = self._prompt_tokens = 0
+
+    # From outside
+
+    def submit(self, live: Live) -> None:
+        """A request comes now. Raises what Scheduler.add raises, and then nothing has changed."""
+        self.scheduler.add(live.request)
+        self.lives[live.request.id] = live
+        self.changed()
+
+    def changed(self) -> None:
+        """The scheduler was given something: see to it at the next step boundary, or at once."""
+        if not self._running:
+            if not self.down:
+                self._running = True
+                self._version += 1
+                self._plan = None
+                self._begun_ps = self.kernel.now_ns * PS_PER_NS
+                self.kernel.at(self.kernel.now_ns, self._end, self._version, STEP_END)
+        elif self._steps > 1:
+            self._cut()
+
+    def sync(self, now_ns: int) -> None:
+        """Bring the scheduler to the last step boundary before `now_ns`; the step under way goes on."""
+        if self._steps > 1 and (done := self._boundaries_before(now_ns)) > 0:
+            plan = self._plan
+            if plan is None:
+                raise RuntimeError("a leap without a plan")
+            self.scheduler.complete(plan, (), done, under_way=True)
+            self._count_leap(done)
+            self._begun_ps += done * self._first_ps + self._slope_ps * (done * (done - 1) // 2)
+            self._first_ps += self._slope_ps * done
+            self._steps -= done
+
+    def free_blocks(self) -> int:
+        """Blocks that can be had at once, as of the last step boundary before now."""
+        done = self._boundaries_before(self.kernel.now_ns) if self._steps > 1 else 0
+        return self._cohort.free_after(done)
+
+    def interrupt(self, now_ns: int) -> None:
+        """sync(), and let a leap end with the step under way: to be called before requests come or go by other ways."""
+        self.sync(now_ns)
+        if self._steps > 1:
+            self._cut()
+
+    def at_boundary(self, call: Callable[[], object]) -> None:
+        """Call `call` when the step under way ends, before the next is planned; at once when none is."""
+        if self._running and self._plan is not None:
+            self._at_boundary.append(call)
+            if self._steps > 1:
+                self._cut()
+        else:
+            call()
+
+    def joined(self, live: Live) -> None:
+        """A request whose KV came from elsewhere was committed: it decodes here, after the step under way."""
+        self.lives[live.request.id] = live
+        live.generated = self.scheduler.progress(live.request.id).known - live.request.prompt_tokens
+        ahead = self._steps if self._plan is not None and self._plan.decodes else 0
+        self._follow(live, live.generated - ahead)
+        self.changed()
+
+    def wake(self, now_ns: int) -> None:  # noqa: ARG002 - the name that movers know
+        """changed(), for those who move KV."""
+        self.changed()
+
+    def left(self, live: Live) -> None:
+        """A request was held, departed or aborted: its end is not to be waited for here."""
+        if live.finish_clock != NEVER:
+            live.generated = live.output_tokens - (live.finish_clock - self._cohort.clock)
+            live.finish_clock = NEVER
+
+    def fail(self) -> list[Live]:
+        """The instance dies: its KV is lost, the step under way never ends. Returns all requests that were here."""
+        self.sync(self.kernel.now_ns)
+        self.down = True
+        self._running = False
+        self._version += 1
+        self._plan = None
+        self._steps = 0
+        self._at_boundary.clear()
+        lost = list(self.lives.values())
+        for live in lost:
+            self.left(live)
+        self.lives.clear()
+        self._finishes.clear()
+        return lost
+
+    def restart(self, scheduler: Scheduler) -> None:
+        """It is up again, with an empty KV cache."""
+        self.scheduler, self._cohort, self.down = scheduler, scheduler.cohort, False
+
+    # Steps
+
+    def _begin(self) -> None:
+        plan = self.scheduler.plan()
+        for preempt in plan.preempts:
+            live = self.lives[preempt.request_id]
+            self.left(live)
+            live.preemptions += 1
+            self._out.preempted(self, live)
+        self._plan = plan
+        cohort = self._cohort
+        decodes, listed = plan.decodes, plan.listed
+        if listed or plan.preempts:
+            prompts = [Prompt(new, context, samples) for _, new, context, samples in listed]
+            longest = cohort.context_max() if decodes else 0
+            self._first_ps = duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
+            self._slope_ps, self._steps = 0, 1
+            self._prompt_tokens = tokens = 0
+            lives, now_ns = self.lives, self.kernel.now_ns
+            for request_id, new, context, _ in listed:
+                tokens += new
+                live = lives[request_id]
+                if live.scheduled_ns < 0:
+                    live.scheduled_ns = now_ns
+                    live.cached_tokens = context
+            self._prompt_tokens = tokens
+        elif decodes:
+            first, slope, steps = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
+            steps = min(steps, plan.repeats + 1, self._next_finish() - cohort.clock) if self._leap else 1
+            self._first_ps, self._slope_ps, self._steps = first, slope, steps
+            duration = steps * first + slope * (steps * (steps - 1) // 2)
+            self._prompt_tokens = 0
+        else:
+            self._running, self._steps, self._plan = False, 0, None
+            self._out.idle(self)
+            return
+        self._end_ps = end_ps = self._begun_ps + duration
+        self._version += 1
+        self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END)
+
+    def _end(self, version: int) -> None:
+        """The step or leap is over: count it, let requests go, and begin the next."""
+        if version != self._version:
+            return
+        plan = self._plan
+        if plan is not None:
+            steps, now_ns = self._steps, self.kernel.now_ns
+            finished: list[RequestId] = []
+            if plan.decodes:
+                self._finish_decodes(self._cohort.clock + steps, finished)
+            sampled = []
+            for request_id, new, context, samples in plan.listed:
+                if samples and (live := self.lives.get(request_id)) is not None:
+                    live.generated = generated = context + new + 1 - live.request.prompt_tokens
+                    if generated == live.output_tokens:
+                        finished.append(request_id)
+                    sampled.append(live)
+            self.scheduler.complete(plan, finished, steps)
+            if plan.listed or plan.preempts:
+                self.steps += 1
+                self.busy_prompt_ps += self._first_ps
+                self._out.prompt_stepped(self, self._first_ps, self._prompt_tokens, plan.decodes)
+            else:
+                self._count_leap(steps)
+            self._begun_ps, self._steps, self._plan = self._end_ps, 0, None
+            for live in sampled:
+                if live.generated < live.output_tokens:
+                    self._follow(live, live.generated)
+                if live.first_ns < 0:
+                    live.first_ns = now_ns
+                    self._out.first_token(self, live)
+            for request_id in finished:
+                live = self.lives.pop(request_id)
+                live.generated = live.output_tokens
+                live.finish_ns = now_ns
+                self._out.finished(self, live)
+            if self._at_boundary:
+                calls, self._at_boundary = self._at_boundary, []
+                for call in calls:
+                    call()
+        if not self.down:
+            self._begin()
+
+    def _finish_decodes(self, clock: int, finished: list[RequestId]) -> None:
+        heap, lives = self._finishes, self.lives
+        while heap and heap[0][0] <= clock:
+            at, request_id = heappop(heap)
+            live = lives.get(request_id)
+            if live is not None and live.finish_clock == at:
+                live.finish_clock = NEVER
+                finished.append(request_id)
+
+    def _next_finish(self) -> int:
+        """The clock at which the first request of the cohort has its last token."""
+        heap, lives = self._finishes, self.lives
+        while True:
+            at, request_id = heap[0]
+            live = lives.get(request_id)
+            if live is not None and live.finish_clock == at:
+                return at
+            heappop(heap)
+
+    def _follow(self, live: Live, generated: int) -> None:
+        """Wait for the end of a request that has `generated` tokens and decodes from the next step on."""
+        live.finish_clock = clock = self._cohort.clock + live.output_tokens - generated
+        heappush(self._finishes, (clock, live.request.id))
+
+    def _count_leap(self, steps: int) -> None:
+        first, slope = self._first_ps, self._slope_ps
+        self.steps += steps
+        self.busy_decode_ps += steps * first + slope * (steps * (steps - 1) // 2)
+        plan = self._plan
+        self._out.stepped(self, first, slope, steps, plan.decodes if plan is not None else 0)
+
+    def _cut(self) -> None:
+        """End a leap at the first boundary that is not before now."""
+        steps = self._boundaries_before(self.kernel.now_ns) + 1
+        if steps < self._steps:
+            self._steps = steps
+            duration = steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
+            self._end_ps = end_ps = self._begun_ps + duration
+            self._version += 1
+            self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END)
+
+    def _boundaries_before(self, now_ns: int) -> int:
+        """Steps of the leap that are over before `now_ns`: the largest k < steps with
+        k * first + slope * k * (k - 1) / 2 <= time, in integers."""
+        time_ps = (now_ns - 1) * PS_PER_NS - self._begun_ps
+        first, slope = self._first_ps, self._slope_ps
+        if time_ps < first:
+            return 0
+        if slope:
+            # k = (sqrt(b**2 + 2 slope time) - b) / slope with b = first - slope / 2, all doubled to stay whole.
+            b = 2 * first - slope
+            k = (isqrt(b * b + 8 * slope * time_ps) - b) // (2 * slope)
+        else:
+            k = time_ps // first
+        return min(k, self._steps - 1)

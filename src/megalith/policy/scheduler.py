@@ -254,8 +254,8 @@ class Scheduler:
 
         A request that has all its max_new_tokens must be among `finished`; ids that are gone already are passed over.
         `steps` at once leave the same state as one at a time, also when something was added meanwhile; runs that were
-        done before an abort() are to be completed before it. `under_way` says that the run after these has begun, before
-        whatever changed since.
+        done before an abort() are to be completed before it. `under_way`: the run after these has begun, before whatever
+        changed since.
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:
             raise ValueError(f"not the last plan, or {steps} runs of it where {self._runs_left} are left")

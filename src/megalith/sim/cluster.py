@@ -52,10 +52,10 @@ class Sink(Protocol):
 
 
 class Executor(Protocol):
-    """Carries out commands of some kinds. Returns why it refuses, or None; the end of what it starts it tells itself."""
+    """Carries out commands of some kinds; it tells itself how they end."""
 
     def carry_out(self, command: Command) -> str | None:
-        """Begin."""
+        """Begin. Returns why it refuses, or None."""
         ...
 
 
@@ -242,9 +242,9 @@ class Cluster:
         self.kernel.log(FIRST, request.id, instance.id)
         if "first_token" in self._listeners:
             self.emit(Event("first_token", self.kernel.now_ns, request.id, {"instance": instance.id}))
-        if live.decode_instance >= 0 and self.handoffs is not None and live.generated < live.output_tokens:
-            if self.handoffs.prompt_done(request.id):
-                instance.left(live)
+        split = live.decode_instance >= 0 and live.generated < live.output_tokens
+        if split and self.handoffs is not None and self.handoffs.prompt_done(request.id):
+            instance.left(live)
 
     def finished(self, instance: Instance, live: Live) -> None:
         """See Outlet."""

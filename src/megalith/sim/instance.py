@@ -85,7 +85,7 @@ class Instance:
         self._leap = leap
         self._cohort = scheduler.cohort
         self._finishes: list[tuple[int, RequestId]] = []
-        """(clock of the cohort, request): who has its last token when; those that stepped aside are dropped when met."""
+        """(clock of the cohort, request): who has its last token when; who stepped aside is dropped when met."""
         self._at_boundary: list[Callable[[], object]] = []
         self._version = 0
         """Of the event that ends the step or leap; an older one is void."""

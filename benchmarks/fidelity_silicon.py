@@ -1,0 +1,376 @@
+"""The gate of the step timers: published GPU runs, replayed at their fixed concurrency through the real scheduler.
+
+    python benchmarks/fidelity_silicon.py [--data ../shared/data/calibration] [--rows] [--every 1]
+
+The runs are rows of silicon_e2e.parquet (aiconfigurator-core 0.12.0, Apache-2.0). Nothing is fitted to them: the timers
+are composed of single operators (fit_operators.py), engine options are those of the published scripts or the engines'
+defaults (see `engine_of`). All times that this program computes are simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import statistics
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import duckdb
+
+from megalith.base.errors import MegalithError
+from megalith.base.random import uniform
+from megalith.cost.memory import (
+    Workspace,
+    activation_bytes,
+    kv_bytes_per_token,
+    per_device_kv_heads,
+    per_device_weights,
+    weight_bytes,
+)
+from megalith.cost.operators import tables
+from megalith.cost.timer import Prompt, StepTimer
+from megalith.cost.timer_operators import OperatorTimer
+from megalith.policy.batching import Admission, BatchFacts, BatchPolicy, PrefillFirst, SplitFuse, StepShape
+from megalith.policy.facts import Request
+from megalith.policy.kv import KvAccount
+from megalith.policy.scheduler import Limits, Scheduler
+from megalith.specs import catalog
+from megalith.specs.model import ModelSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data" / "calibration"
+PS_PER_MS = 1_000_000_000
+BLOCK_TOKENS = 16
+MODELS = {
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "Qwen/Qwen3-32B": "qwen3-32b",
+    "openai/gpt-oss-120b": "gpt-oss-120b",
+}
+DEVICES = {"h100_sxm": "h100-sxm", "b200_sxm": "b200", "h200_sxm": "h200", "a100_sxm": "a100-80gb", "l40s": "l40s"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One published run."""
+
+    key: str
+    model: str
+    device: str
+    backend: str
+    version: str
+    precision: str
+    tensor_parallel: int
+    concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    inference_max: bool
+    """Of the InferenceMAX benchmark; otherwise of NVIDIA's own, made with genai-perf."""
+    ttft_ms: float
+    tpot_ms: float
+
+    @property
+    def number(self) -> str:
+        """The number type of the tables: a run without a precision is in the type of the checkpoint, bf16."""
+        return {"": "bf16", "fp8": "fp8", "fp4": "mxfp4"}[self.precision]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the engine of a run was set up."""
+
+    policy: BatchPolicy
+    memory_share: float
+    """Of the device for weights, activations and KV."""
+    host_ns: int
+    kv: str
+    whole_reservation: bool = False
+    """KV for prompt and whole output is set aside at admission (TensorRT-LLM's guaranteed_no_evict)."""
+    wait_tokens: int = 0
+    wait_steps: int = 0
+    """Prompts wait until so many tokens are there, for at most so many steps (TensorRT-LLM's batch_wait_*)."""
+
+
+class InFlight:
+    """All decodes and as many whole prompts as the budget allows: TensorRT-LLM without chunked context."""
+
+    name: ClassVar[str] = "in-flight"
+
+    def __init__(self, token_budget: int) -> None:
+        self._shape = StepShape(token_budget, mixed=True, split=False, admission=Admission.BUDGET)
+
+    def shape(self, facts: BatchFacts) -> StepShape:  # noqa: ARG002 - the same shape for every fact
+        return self._shape
+
+
+def engine_of(run: Run) -> Engine:
+    """The engine's options, none of them tuned.
+
+    InferenceMAX (README and benchmark scripts of 2025): vLLM with 8,192 batched tokens, asynchronous scheduling (host
+    time hidden), 90 % of memory, FP8 KV on B200; TensorRT-LLM with 16,384 tokens, FP8 KV and, for 1,024 / 1,024 below
+    eight devices, batch_wait_max_tokens_ratio 0.9 and batch_wait_timeout_iters 20.
+    NVIDIA's own runs: the defaults. vLLM 0.12: 8,192 tokens on H100, 90 %, no asynchronous scheduling, so 1 ms of host
+    time a step (data/llmservingsim, other GPUs). TensorRT-LLM: 8,192 tokens, no chunked context, 90 % of what weights
+    leave, overlap scheduler; FP8 KV beside FP8 weights. SGLang: prompts first in chunks of 8,192 tokens, 0.87 of
+    memory, overlap scheduler.
+    """
+    if run.backend == "vllm":
+        kv = "fp8" if run.inference_max and run.device == "b200" else "bf16"
+        return Engine(SplitFuse(8_192), 0.9, 0 if run.inference_max else 1_000_000, kv)
+    if run.backend == "sglang":
+        return Engine(PrefillFirst(8_192), 0.87, 0, "bf16")
+    kv = "bf16" if run.number == "bf16" else "fp8"
+    if not run.inference_max:
+        return Engine(InFlight(8_192), 0.9, 0, kv, whole_reservation=True)
+    engine = Engine(InFlight(16_384), 0.9, 0, kv, whole_reservation=True)
+    if run.prompt_tokens == run.output_tokens == 1024 and run.tensor_parallel < 8:
+        return replace(engine, wait_tokens=int(0.9 * 16_384), wait_steps=20)
+    return engine
+
+
+def kv_tokens(run: Run, engine: Engine, spec: ModelSpec) -> int:
+    """Tokens that the KV cache of the run's instance holds."""
+    memory = catalog.device(run.device).memory_bytes
+    weights = per_device_weights(
+        weight_bytes(spec, "fp4" if run.number == "mxfp4" else run.number), run.tensor_parallel
+    )
+    work = activation_bytes(spec, "cuda", Workspace(rows=8_192, outputs=run.concurrency))[0] // run.tensor_parallel
+    share = engine.memory_share
+    room = (memory - weights - work) * share if engine.whole_reservation else memory * share - weights - work
+    token = kv_bytes_per_token(spec, engine.kv) * per_device_kv_heads(spec, run.tensor_parallel) / spec.num_kv_heads
+    return int(room / token)
+
+
+@dataclass
+class Client:
+    """One request of a closed loop."""
+
+    request: Request
+    output_tokens: int
+    sent_ps: int = 0
+    first_ps: int = -1
+    last_ps: int = -1
+    generated: int = 0
+    finish_clock: int = -1
+
+
+class ClosedLoop:
+    """`concurrency` clients, each sending the next request when its last one is answered; stepped and leapt exactly."""
+
+    def __init__(self, scheduler: Scheduler, timer: StepTimer, clients: Sequence[Client], engine: Engine) -> None:
+        self.scheduler, self.timer, self.engine = scheduler, timer, engine
+        self.todo = deque(clients)
+        self.by_id = {client.request.id: client for client in clients}
+        self.held: list[Client] = []
+        self.waited = self.now_ps = self.clock = 0
+        self.ends: list[tuple[int, int]] = []
+
+    def run(self, concurrency: int) -> None:
+        """Until every request is answered."""
+        for _ in range(min(concurrency, len(self.todo))):
+            self._send()
+        while True:
+            self._release()
+            plan = self.scheduler.plan()
+            if plan.empty:
+                return
+            for preempt in plan.preempts:
+                client = self.by_id[preempt.request_id]
+                client.generated = client.output_tokens - (client.finish_clock - self.clock)
+                client.finish_clock = -1
+            if plan.listed:
+                chunks = [Prompt(chunk.new_tokens, chunk.context_tokens, chunk.samples) for chunk in plan.listed]
+                self.now_ps += self.timer.step_ps(chunks, plan.decodes, plan.decode_context_sum, 0)
+                steps = 1
+            else:
+                line = self.timer.decode_line(plan.decodes, plan.decode_context_sum, 0)
+                steps = min(plan.repeats + 1, line.steps, self._next_end() - self.clock)
+                if self.held:
+                    steps = min(steps, self.engine.wait_steps - self.waited)
+                self.now_ps += line.total_ps(steps)
+            self.clock += steps if plan.decodes else 0
+            self.waited += steps if self.held else 0
+            done = self._ended()
+            for chunk in plan.listed:
+                if chunk.samples:
+                    done += self._sampled(self.by_id[chunk.request_id])
+            self.scheduler.complete(plan, [client.request.id for client in done], steps)
+            for client in done:
+                client.last_ps = self.now_ps
+                self._send()
+
+    def _send(self) -> None:
+        if self.todo:
+            client = self.todo.popleft()
+            client.sent_ps = self.now_ps
+            self.held.append(client)
+
+    def _release(self) -> None:
+        """Hand requests to the scheduler, unless the engine waits for more of them."""
+        if not self.held:
+            return
+        tokens = sum(client.request.prompt_tokens for client in self.held) + self.scheduler.num_running
+        if tokens >= self.engine.wait_tokens or self.waited >= self.engine.wait_steps or not self.scheduler.num_running:
+            for client in self.held:
+                self.scheduler.add(client.request)
+            self.held.clear()
+            self.waited = 0
+
+    def _next_end(self) -> int:
+        while self.by_id[self.ends[0][1]].finish_clock != self.ends[0][0]:
+            heapq.heappop(self.ends)
+        return self.ends[0][0]
+
+    def _ended(self) -> list[Client]:
+        done = []
+        while self.ends and self.ends[0][0] <= self.clock:
+            clock, key = heapq.heappop(self.ends)
+            if self.by_id[key].finish_clock == clock:
+                self.by_id[key].finish_clock = -1
+                done.append(self.by_id[key])
+        return done
+
+    def _sampled(self, client: Client) -> list[Client]:
+        """A prompt's last chunk gave a token."""
+        client.generated += 1
+        if client.first_ps < 0:
+            client.first_ps = self.now_ps
+        if client.generated == client.output_tokens:
+            return [client]
+        client.finish_clock = self.clock + client.output_tokens - client.generated
+        heapq.heappush(self.ends, (client.finish_clock, client.request.id))
+        return []
+
+
+def lengths(run: Run, count: int) -> Iterable[tuple[int, int]]:
+    """(prompt, output) of each request. InferenceMAX draws uniformly from 80 to 100 % (RANDOM_RANGE_RATIO 0.8)."""
+    for index in range(count):
+        if run.inference_max:
+            yield tuple(  # type: ignore[misc]
+                round(tokens * (0.8 + 0.2 * uniform(7 + axis, index)))
+                for axis, tokens in enumerate((run.prompt_tokens, run.output_tokens))
+            )
+        else:
+            yield run.prompt_tokens, run.output_tokens
+
+
+def simulate(run: Run) -> tuple[float, float]:
+    """(mean TTFT, mean TPOT) in milliseconds, simulated: ten requests for each client, as both benchmarks send."""
+    spec, engine = catalog.model(run.model), engine_of(run)
+    timer = OperatorTimer(tables(run.device, run.model), run.tensor_parallel, run.number, engine.kv, engine.host_ns)
+    blocks = kv_tokens(run, engine, spec) // BLOCK_TOKENS
+    whole = -(-(run.prompt_tokens + run.output_tokens) // BLOCK_TOKENS)
+    if blocks < whole:
+        raise MegalithError(f"{run.key}: {blocks} KV blocks are left, and one request needs {whole}.")
+    most = min(run.concurrency, blocks // whole) if engine.whole_reservation else run.concurrency
+    scheduler = Scheduler(
+        engine.policy, KvAccount(blocks, BLOCK_TOKENS, prefix_cache=False), Limits(max_sequences=most)
+    )
+    clients = [
+        Client(Request(index, 0, prompt, output), output)
+        for index, (prompt, output) in enumerate(lengths(run, 10 * run.concurrency))
+    ]
+    ClosedLoop(scheduler, timer, clients, engine).run(run.concurrency)
+    ttft = statistics.fmean(client.first_ps - client.sent_ps for client in clients) / PS_PER_MS
+    tpot = statistics.fmean((c.last_ps - c.first_ps) / (c.output_tokens - 1) for c in clients) / PS_PER_MS
+    return ttft, tpot
+
+
+def published_runs(data: Path = DATA) -> list[Run]:
+    """Every aggregated run of a model and device that have tables, in a number type that has them; no run twice."""
+    columns = (
+        "id, model_path, system, backend, coalesce(backend_version, ''), coalesce(precision, ''), tp_size, concurrency, "
+        "isl, osl, measured is not null, silicon_ttft_ms, silicon_tpot_ms"
+    )
+    rows = duckdb.sql(
+        f"select {columns} from '{data / 'silicon_e2e.parquet'}' where mode = 'agg' and concurrency is not null "
+        "and pp_size = 1 and coalesce(attention_dp_size, 1) = 1 and coalesce(moe_ep_size, 1) = 1 order by id"
+    ).fetchall()
+    runs: dict[tuple[object, ...], Run] = {}
+    for key, path, system, *rest in rows:
+        if path in MODELS and system in DEVICES:
+            backend, version, precision, degree, clients, isl, osl, dated, ttft, tpot = rest
+            run = Run(key, MODELS[path], DEVICES[system], backend, version, precision, int(degree), int(clients),
+                      int(isl), int(osl), bool(dated), ttft, tpot)  # fmt: skip
+            dense_fp4 = precision == "fp4" and run.model != "gpt-oss-120b"
+            if not dense_fp4 and not (run.model == "gpt-oss-120b" and precision != "fp4"):
+                same = (run.model, run.device, backend, precision, degree, clients, isl, osl, round(ttft, 6))
+                runs.setdefault(same, run)
+    return list(runs.values())
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative errors of one run, simulated over measured, less one."""
+
+    run: Run
+    ttft_ms: float
+    tpot_ms: float
+
+    @property
+    def ttft(self) -> float:
+        return self.ttft_ms / self.run.ttft_ms - 1.0
+
+    @property
+    def tpot(self) -> float:
+        return self.tpot_ms / self.run.tpot_ms - 1.0
+
+
+def quantile(values: Iterable[float], share: float) -> float:
+    """Nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def table_row(name: str, errors: Sequence[Error]) -> str:
+    """One line of the table."""
+    cells = [name, str(len(errors))]
+    for values in ([error.tpot for error in errors], [error.ttft for error in errors]):
+        sizes = [abs(value) for value in values]
+        cells += [f"{statistics.median(sizes):.1%}", f"{quantile(sizes, 0.9):.1%}", f"{statistics.median(values):+.1%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = """| set | runs | TPOT median error | p90 | bias | TTFT median error | p90 | bias |
+|---|---:|---:|---:|---:|---:|---:|---:|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--rows", action="store_true", help="print every run")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th run")
+    options = parser.parse_args()
+    errors, refused = [], Counter[str]()
+    for run in published_runs(options.data)[:: options.every]:
+        try:
+            errors.append(Error(run, *simulate(run)))
+        except MegalithError as error:
+            refused[str(error)] += 1
+            continue
+        if options.rows:
+            last = errors[-1]
+            print(
+                f"{run.device:9}{run.model:15}{run.backend:7}{run.precision:4} tp{run.tensor_parallel} "
+                f"{run.prompt_tokens:5}/{run.output_tokens:<5}c{run.concurrency:<4} TTFT {last.ttft_ms:9.1f} of "
+                f"{run.ttft_ms:9.1f} {last.ttft:+7.1%}  TPOT {last.tpot_ms:7.2f} of {run.tpot_ms:7.2f} {last.tpot:+7.1%}"
+            )
+    groups: dict[str, list[Error]] = {}
+    for error in errors:
+        run = error.run
+        name = f"{run.model} {run.number}, {run.device}, {run.backend}"
+        groups.setdefault(name, []).append(error)
+    print(HEAD)
+    for name in sorted(groups):
+        print(table_row(name, groups[name]))
+    dense = [error for error in errors if error.run.model != "gpt-oss-120b"]
+    print(table_row("all dense", dense))
+    for text, count in refused.items():
+        print(f"not run ({count}): {text}")
+
+
+if __name__ == "__main__":
+    main()

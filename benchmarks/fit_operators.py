@@ -1,0 +1,384 @@
+"""Composes the steps of catalogue models from measured operators and writes catalog/operators.
+
+    python benchmarks/fit_operators.py [--data ../shared/data/calibration] [--only h100-sxm llama-3.1-8b]
+
+The measurements are NVIDIA's (aiconfigurator-core 0.12.0, Apache-2.0): one operator call on one GPU, vLLM kernels. A
+layer is qkv, attention, output, two all-reduces, gate and up, down, and four element-wise kernels; nothing here is
+fitted to a run of a whole engine. silicon_e2e.parquet is never opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from megalith.cost.operators import NOTICE
+from megalith.specs import catalog
+from megalith.specs.model import ModelSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "src" / "megalith" / "catalog" / "operators"
+SYSTEMS = {
+    "a100-80gb": "a100_sxm", "h100-sxm": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm", "l40s": "l40s",
+}  # fmt: skip
+MODELS = (
+    "llama-3.1-8b", "llama-3.1-70b", "llama-2-70b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b", "gpt-oss-120b",
+    "mixtral-8x7b",
+)  # fmt: skip
+TYPES = {"bf16": "bfloat16", "fp8": "fp8"}
+DEGREES = (1, 2, 4, 8)
+KERNEL_MS = 3e-3
+"""Fixed time of a memory-bound kernel: gpu.mem_empirical_constant_latency of systems.csv, as NVIDIA ships it."""
+MEMORY_SHARE = 0.8
+"""gpu.mem_bw_empirical_scaling_factor of systems.csv."""
+HOST_NS = 1_000_000
+"""Of vLLM runs on other GPUs (data/llmservingsim): tables alone were 1 ms a step too fast."""
+TOLERANCE = 0.02
+"""Largest relative error of a piecewise linear function against what it was thinned from."""
+TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384)
+DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+CONTEXTS = (2, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+MXFP4_BYTES = 17 / 32
+"""Bytes of a weight in mxfp4: 4 bits, and 8 for a scale of 32."""
+
+
+class Operators:
+    """The measured operators of one system, by interpolation. All times in milliseconds."""
+
+    def __init__(self, data: Path, system: str) -> None:
+        self.data, self.system = data, system
+        with (data / "systems.csv").open() as file:
+            facts = next(row for row in csv.DictReader(file) if row["system"] == system)
+        self.memory_bytes_per_ms = float(facts["gpu.mem_bw"]) * MEMORY_SHARE / 1e3
+        self.peer_bytes_per_ms = float(facts["node.intra_node_bw"]) * MEMORY_SHARE / 1e3
+        self.flops_per_ms = float(facts["gpu.bfloat16_tc_flops"]) / 1e3
+        self._gemm = {name: self._read_gemm(dtype) for name, dtype in TYPES.items()}
+        self._attention = {
+            kind: self._group(
+                f"attn_{kind}_{system}.parquet",
+                "head_dim, window_size, q_heads, kv_heads, kv_cache_dtype, batch_size, "
+                f"{'isl' if kind == 'context' else 'context'}, latency_ms",
+            )
+            for kind in ("context", "generation")
+        }
+        self._experts = self._group(
+            f"moe_{system}.parquet",
+            "dtype, hidden_size, inter_size, topk, num_experts, num_tokens, moe_tp_size, latency_ms",
+            "where moe_ep_size = 1 and distribution = 'power_law_1.2'",
+        )
+        self._reduce = self._read_reduce()
+
+    def _rows(self, name: str, columns: str, where: str = "") -> list[tuple[Any, ...]]:
+        return duckdb.sql(f"select {columns} from '{self.data / name}' {where}").fetchall()
+
+    def _group(self, name: str, columns: str, where: str = "") -> dict[tuple[Any, ...], dict[tuple[int, int], float]]:
+        """{leading columns: {(two whole numbers before the last): latency}}."""
+        found: dict[tuple[Any, ...], dict[tuple[int, int], float]] = {}
+        for *key, first, second, latency in self._rows(name, columns, where):
+            found.setdefault(tuple(key), {})[first, second] = latency
+        return found
+
+    def _read_gemm(self, dtype: str) -> tuple[Any, Any, Any] | None:
+        rows = self._rows(f"gemm_{self.system}.parquet", "m, n, k, latency_ms", f"where dtype = '{dtype}'")
+        if not rows:
+            return None
+        m, n = (np.array(sorted({row[i] for row in rows})) for i in (0, 1))
+        cube = np.full((len(m), len(n), len(n)), np.nan)
+        index_m, index_n = ({value: i for i, value in enumerate(axis)} for axis in (m, n))
+        for row_m, row_n, row_k, latency in rows:
+            cube[index_m[row_m], index_n[row_n], index_n[row_k]] = latency
+        for i, j in np.argwhere(np.isnan(cube).any(axis=0)):
+            line = cube[:, i, j]
+            known = ~np.isnan(line)
+            cube[:, i, j] = np.interp(m, m[known], line[known]) if known.any() else np.inf
+        return m, n, cube
+
+    def _read_reduce(self) -> dict[int, tuple[Any, Any]]:
+        """{devices: (elements, ms)}: the faster of NCCL and the custom all-reduce in a graph."""
+        best: dict[int, dict[int, float]] = {}
+        with (self.data / "comm_collectives.csv").open() as file:
+            for row in csv.DictReader(file):
+                wide = row["dtype"] in ("half", "bfloat16") and row["mode"] != "vLLM_custom_eager"
+                if row["gpu"] == self.system and row["op_name"] == "all_reduce" and wide:
+                    sizes = best.setdefault(int(row["num_gpus"]), {})
+                    size = int(row["message_size"])
+                    sizes[size] = min(sizes.get(size, np.inf), float(row["latency_ms"]))
+        return {
+            devices: (np.array(sorted(sizes)), np.array([sizes[size] for size in sorted(sizes)]))
+            for devices, sizes in best.items()
+        }
+
+    def has(self, number: str) -> bool:
+        """Whether matrix products in `number` were measured."""
+        return self._gemm[number] is not None
+
+    def rows(self, number: str) -> Any:
+        """The row counts that were measured."""
+        found = self._gemm[number]
+        assert found is not None
+        return found[0]
+
+    def gemm(self, number: str, n: int, k: int) -> Any:
+        """Times over `rows(number)` of a product with an n x k matrix, bilinear in n and k."""
+        found = self._gemm[number]
+        assert found is not None
+        _, axis, cube = found
+        pieces = -(-n // int(axis[-1]))
+        n_part = n / pieces
+        i, part_n = _cell(axis, n_part)
+        j, part_k = _cell(axis, k)
+        top = cube[:, i, j] * (1 - part_k) + cube[:, i, j + 1] * part_k
+        bottom = cube[:, i + 1, j] * (1 - part_k) + cube[:, i + 1, j + 1] * part_k
+        return pieces * (top * (1 - part_n) + bottom * part_n)
+
+    def reduce(self, devices: int, elements: Any) -> Any:
+        """Times of an all-reduce of 16-bit elements."""
+        if devices == 1:
+            return np.zeros(len(elements))
+        sizes, times = self._reduce[devices]
+        slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
+        return np.interp(elements, sizes, times) + np.maximum(elements - sizes[-1], 0) * slope
+
+    def element_wise(self, num_bytes: Any) -> Any:
+        """Times of a kernel that streams this many bytes."""
+        return KERNEL_MS + num_bytes / self.memory_bytes_per_ms
+
+    def experts(self, spec: ModelSpec, devices: int, number: str, tokens: Any) -> Any:
+        """Times of all routed experts of a layer; of a shape that was not measured, by rooflines (see `_scaled`)."""
+        wanted = (TYPES.get(number, "fp8"), spec.hidden, spec.ffn, spec.experts_per_token, spec.num_experts)
+        measured = self._experts.get(wanted)
+        if measured is not None and number in TYPES:
+            times = {count: ms for (count, cut), ms in measured.items() if cut == devices}
+            if times:
+                sizes = sorted(times)
+                return _extended(tokens, np.array(sizes), np.array([times[size] for size in sizes]))
+        return self._scaled(spec, devices, number, tokens)
+
+    def _scaled(self, spec: ModelSpec, devices: int, number: str, tokens: Any) -> Any:
+        """The measured shape with the nearest experts, times the quotient of the two rooflines."""
+        found = [
+            key for key in self._experts
+            if key[0] == "bfloat16" and key[4] == spec.num_experts
+            and {cut for _, cut in self._experts[key]} >= {devices}
+        ]  # fmt: skip
+        if not found:
+            raise LookupError(f"no measured experts near {spec.name} on {self.system}")
+        near = min(found, key=lambda key: abs(key[3] - spec.experts_per_token) * 1e9 + abs(key[1] - spec.hidden))
+        _, hidden, ffn, top, count = near
+        times = {size: ms for (size, cut), ms in self._experts[near].items() if cut == devices}
+        sizes = np.array(sorted(times))
+        weight = {"mxfp4": MXFP4_BYTES, "fp8": 1.0}.get(number, 2.0)
+        target = self._roofline(sizes, (spec.hidden, spec.ffn, spec.experts_per_token, count), devices, weight)
+        ours = np.array([times[size] for size in sizes]) * target
+        return _extended(tokens, sizes, ours / self._roofline(sizes, (hidden, ffn, top, count), devices, 2.0))
+
+    def _roofline(self, tokens: Any, shape: tuple[int, int, int, int], devices: int, weight_bytes: float) -> Any:
+        hidden, ffn, top, count = shape
+        one = 3.0 * hidden * ffn / devices
+        touched = count * (1.0 - (1.0 - top / count) ** tokens)
+        memory = (touched * one * weight_bytes + 2.0 * tokens * top * hidden * 2) / self.memory_bytes_per_ms
+        compute = 2.0 * tokens * top * one / (0.7 * self.flops_per_ms)
+        return KERNEL_MS + np.maximum(memory, compute)
+
+    def attention(self, kind: str, head: tuple[int, int, int, int], kv: str) -> dict[tuple[int, int], float] | None:
+        """{(batch, tokens): ms} of (head_dim, window, query heads, KV heads), None when not measured."""
+        head_dim, window, heads, kv_heads = head
+        return self._attention[kind].get((head_dim, window, heads, kv_heads, TYPES[kv]))
+
+
+def _cell(axis: Any, value: float) -> tuple[int, float]:
+    """Index of the cell that holds `value` (the last ones go on beyond the ends) and where in it."""
+    i = int(np.clip(np.searchsorted(axis, value) - 1, 0, len(axis) - 2))
+    return i, float((value - axis[i]) / (axis[i + 1] - axis[i]))
+
+
+def _extended(x: Any, at: Any, values: Any) -> Any:
+    slope = (values[-1] - values[-2]) / (at[-1] - at[-2])
+    return np.interp(x, at, values) + np.maximum(x - at[-1], 0) * slope
+
+
+def rows_ms(ops: Operators, spec: ModelSpec, devices: int, number: str) -> tuple[Any, Any]:
+    """(rows, ms): everything of all layers but attention."""
+    dense = "bf16" if number == "mxfp4" else number
+    rows = ops.rows(dense)
+    hidden, width = spec.hidden, spec.num_heads * spec.head_dim // devices
+    kv = max(1, spec.num_kv_heads // devices) * spec.head_dim
+    layer = ops.gemm(dense, width + 2 * kv, hidden) + ops.gemm(dense, hidden, width)
+    layer = layer + 2 * ops.reduce(devices, rows * hidden)
+    layer = layer + 2 * ops.element_wise(rows * hidden * 8.0) + ops.element_wise(rows * (width + 2 * kv) * 4.0)
+    if spec.num_experts:
+        layer = layer + ops.gemm("bf16", spec.num_experts, hidden) + ops.experts(spec, devices, number, rows)
+        layer = layer + ops.element_wise(rows * spec.num_experts * 4.0)
+    else:
+        inner = spec.ffn // devices
+        up = (2 if spec.gated_ffn else 1) * inner
+        layer = layer + ops.gemm(dense, up, hidden) + ops.gemm(dense, hidden, inner)
+        layer = layer + ops.element_wise(rows * (up + inner) * 2.0)
+    return rows, spec.num_layers * layer
+
+
+def outputs_ms(ops: Operators, spec: ModelSpec, devices: int) -> tuple[Any, Any]:
+    """(outputs, ms): the head's product in bf16, the logits of all devices in one place, three passes over them."""
+    outputs = ops.rows("bf16")
+    logits = outputs * spec.vocab * 4.0
+    share = logits / 2 * (devices - 1) / devices / ops.peer_bytes_per_ms
+    cut = -(-spec.vocab // devices)
+    return outputs, ops.gemm("bf16", cut, spec.hidden) + share + 3 * ops.element_wise(logits)
+
+
+def windows(spec: ModelSpec) -> dict[int, int]:
+    """{window or 0: layers that have it}."""
+    found: dict[int, int] = {}
+    for layer in range(spec.num_layers):
+        window = spec.layer_window(layer) or 0
+        found[window] = found.get(window, 0) + 1
+    return found
+
+
+def decode_grid(ops: Operators, spec: ModelSpec, devices: int, kv: str) -> Any | None:
+    """Milliseconds [DECODES][CONTEXTS] of all layers; what was too large to measure goes on in proportion."""
+    total = np.zeros((len(DECODES), len(CONTEXTS)))
+    for window, layers in windows(spec).items():
+        head = (spec.head_dim, window, spec.num_heads // devices, max(1, spec.num_kv_heads // devices))
+        measured = ops.attention("generation", head, kv)
+        if measured is None:
+            return None
+        for i, batch in enumerate(DECODES):
+            known = sorted(context for size, context in measured if size == batch)
+            values = np.array([measured[batch, context] for context in known])
+            values = _monotone(values)
+            grid = np.interp(CONTEXTS, known, values)
+            if not window:
+                grid *= np.maximum(np.array(CONTEXTS) / known[-1], 1.0)
+            total[i] += layers * grid
+    return np.maximum.accumulate(np.maximum.accumulate(total, axis=0), axis=1)
+
+
+def prompt_lines(ops: Operators, spec: ModelSpec, devices: int, kv: str) -> tuple[Any, Any] | None:
+    """Milliseconds over TOKENS: (alone, packed), of all layers."""
+    alone, packed = np.zeros(len(TOKENS)), np.zeros(len(TOKENS))
+    for window, layers in windows(spec).items():
+        head = (spec.head_dim, window, spec.num_heads // devices, max(1, spec.num_kv_heads // devices))
+        measured = ops.attention("context", head, kv)
+        if measured is None:
+            return None
+        for i, tokens in enumerate(TOKENS):
+            sizes = [batch for batch, length in measured if length == tokens]
+            if not sizes or (1, tokens) not in measured:
+                return None
+            alone[i] += layers * measured[1, tokens]
+            packed[i] += layers * min(measured[batch, tokens] / batch for batch in sizes)
+    return _convex(alone, alone[0]), _convex(packed, 0.0)
+
+
+def _convex(values: Any, origin: float) -> Any:
+    """The largest convex function through (0, origin) that is nowhere above `values`: more context never costs less."""
+    x, y = np.array((0, *TOKENS), dtype=float), np.array((origin, *values))
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) > 1 and (y[hull[-1]] - y[hull[-2]]) * (x[i] - x[hull[-2]]) >= (y[i] - y[hull[-2]]) * (
+            x[hull[-1]] - x[hull[-2]]
+        ):
+            hull.pop()
+        hull.append(i)
+    return np.interp(x[1:], x[hull], y[hull])
+
+
+def _monotone(values: Any) -> Any:
+    """Never falling: half way between the running maximum from below and the running minimum from above."""
+    up = np.maximum.accumulate(values)
+    down = np.minimum.accumulate(values[::-1])[::-1]
+    return (up + down) / 2
+
+
+def thinned(at: Any, ms: Any) -> dict[str, list[int]]:
+    """Knots in nanoseconds that stay within the tolerance of every point: the longest pieces that do."""
+    ns = np.round(_monotone(np.asarray(ms)) * 1e6)
+    keep, start = [0], 0
+    while start < len(at) - 1:
+        end = next(
+            (
+                end for end in range(len(at) - 1, start + 1, -1)
+                if np.all(np.abs(_between(at, ns, start, end) / ns[start : end + 1] - 1) <= TOLERANCE)
+            ),
+            start + 1,
+        )  # fmt: skip
+        keep.append(end)
+        start = end
+    return {"at": [int(at[i]) for i in keep], "ns": [int(ns[i]) for i in keep]}
+
+
+def _between(at: Any, ns: Any, start: int, end: int) -> Any:
+    return np.interp(at[start : end + 1], [at[start], at[end]], [ns[start], ns[end]])
+
+
+def compose(ops: Operators, spec: ModelSpec, device: str) -> dict[str, Any] | None:
+    """The tables of a model on a device, None when its attention or experts were not measured there."""
+    dense: list[dict[str, Any]] = []
+    attention: list[dict[str, Any]] = []
+    for devices in (degree for degree in DEGREES if spec.num_heads % degree == 0):
+        for kv in TYPES:
+            grid, prompts = decode_grid(ops, spec, devices, kv), prompt_lines(ops, spec, devices, kv)
+            if grid is None or prompts is None:
+                continue
+            alone, packed = (thinned(np.array(TOKENS), line) for line in prompts)
+            attention.append({
+                "tensor_parallel": devices, "kv": kv, "decodes": list(DECODES), "contexts": list(CONTEXTS),
+                "decode_ns": [[int(value) for value in np.round(row * 1e6)] for row in grid],
+                "alone": alone, "packed": packed,
+            })  # fmt: skip
+        numbers = ("mxfp4", "bf16") if spec.name == "gpt-oss-120b" else tuple(TYPES)
+        for number in numbers:
+            if not ops.has("bf16" if number == "mxfp4" else number) or devices not in {
+                a["tensor_parallel"] for a in attention
+            }:
+                continue
+            try:
+                rows = thinned(*rows_ms(ops, spec, devices, number))
+            except LookupError:
+                continue
+            outputs = thinned(*outputs_ms(ops, spec, devices))
+            dense.append({"tensor_parallel": devices, "number": number, "rows": rows, "outputs": outputs})
+    if not dense:
+        return None
+    return {
+        "notice": NOTICE, "model": spec.name, "device": device, "layers": spec.num_layers, "host_ns": HOST_NS,
+        "dense": dense, "attention": attention,
+        "source": "benchmarks/fit_operators.py over operator measurements of vLLM kernels",
+        "date": "2026-11-23",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "calibration")
+    parser.add_argument("--only", nargs="*", default=())
+    options = parser.parse_args()
+    for device, system in SYSTEMS.items():
+        if options.only and not set(options.only) & {device, *MODELS}:
+            continue
+        if options.only and set(options.only) & set(SYSTEMS) and device not in options.only:
+            continue
+        ops = Operators(options.data, system)
+        for model in MODELS:
+            if set(options.only) & set(MODELS) and model not in options.only:
+                continue
+            tables = compose(ops, catalog.model(model), device)
+            if tables is None:
+                print(f"{device:10} {model:15} not measured")
+                continue
+            path = OUT / device / f"{model}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(tables, separators=(",", ":")) + "\n", encoding="utf-8")
+            cases = " ".join(f"{table['tensor_parallel']}/{table['number']}" for table in tables["dense"])
+            print(f"{device:10} {model:15} {path.stat().st_size:6} bytes: {cases}")
+
+
+if __name__ == "__main__":
+    main()

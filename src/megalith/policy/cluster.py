@@ -200,7 +200,7 @@ class SetClock:
     scope: str
     fraction: float
     brake: bool = False
-    """An emergency that acts at once."""
+    """An emergency that acts at once and ends by itself (5 s in hardware); the clock is then what was set last."""
 
 
 Placement: TypeAlias = Route | Defer | Reject

@@ -50,6 +50,17 @@ def test_a_mistake_is_told_with_the_nearest_thing_that_works(name: str, options:
     assert said in str(error.value)
 
 
+def test_a_router_among_the_controllers_is_told_apart() -> None:
+    with pytest.raises(ConfigError, match="rebalance is a controller, not a router"):
+        router(PolicySpec(name="rebalance"), 0)
+    with pytest.raises(ConfigError, match="acts as a controller by itself"):
+        controller(PolicySpec(name="splitwise"), 0)
+    with pytest.raises(ConfigError, match="Did you mean `rebalance`"):
+        controller(PolicySpec(name="rebalanced"), 0)
+    with pytest.raises(ConfigError, match="Did you mean `threshold`"):
+        controller(PolicySpec(name="rebalance", options={"treshold": 3}), 0)
+
+
 def test_describe_has_a_line_a_source_and_the_options_of_each() -> None:
     described = {entry.name: entry for entry in describe()}
     assert set(described) == set(ROUTERS) | set(CONTROLLERS)

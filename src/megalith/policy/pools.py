@@ -56,7 +56,7 @@ class SplitwisePools:
     """Router and controller in one. State: who is borrowed and, for predicted lengths, what is promised to whom."""
 
     name = "splitwise"
-    period_ns = None
+    period_ns: int | None = None
 
     def __init__(self, options: SplitwiseOptions, seed: int = 0) -> None:  # noqa: ARG002
         self.options = options

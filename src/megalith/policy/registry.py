@@ -7,12 +7,12 @@ one that does. Anybody's own policy needs no entry here: whoever runs a cluster 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import freeness, pools, routing
+from megalith.policy import autoscale, capping, freeness, pools, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -105,6 +105,36 @@ CONTROLLERS: dict[str, Entry[Controller]] = {
         "move running requests from instances short of room to those with most",
         "Llumnix, OSDI 2024",
     ),
+    "freeness-scaling": Entry(
+        autoscale.FreenessScaling,
+        autoscale.FreenessScalingOptions,
+        "start below a mean freeness, drain and stop above another",
+        "Llumnix, OSDI 2024",
+    ),
+    "threshold-scaling": Entry(
+        autoscale.ThresholdScaling,
+        autoscale.ThresholdScalingOptions,
+        "start above and stop below a utilisation or queue, with cool-downs",
+        "-",
+    ),
+    "polca": Entry(
+        capping.Polca,
+        capping.PolcaOptions,
+        "two power thresholds, low priority slowed first",
+        "POLCA, ASPLOS 2024",
+    ),
+    "single-threshold": Entry(
+        capping.SingleThreshold,
+        capping.SingleThresholdOptions,
+        "one power threshold that slows everybody",
+        "baseline of POLCA",
+    ),
+    "no-cap": Entry(
+        capping.NoCap,
+        capping.ScopeOptions,
+        "nothing but the power brake",
+        "baseline of POLCA",
+    ),
 }
 
 
@@ -127,13 +157,17 @@ def describe() -> list[Description]:
 
 
 def _make(
-    spec: PolicySpec, seed: int, kind: str, known: Mapping[str, Entry[PolicyT]], others: Iterable[str]
+    spec: PolicySpec, seed: int, kind: str, known: Mapping[str, Entry[PolicyT]], others: Mapping[str, Entry[Any]]
 ) -> PolicyT:
     entry = known.get(spec.name)
     if entry is None:
         if spec.name in others:
             other = "controller" if kind == "router" else "router"
-            raise ConfigError(f"{spec.name} is a {other}, not a {kind}.", f"The {kind}s are: {', '.join(known)}.")
+            both = other == "router" and hasattr(others[spec.name].make, "act")
+            raise ConfigError(
+                f"{spec.name} is a {other}, not a {kind}.{' It acts as a controller by itself.' if both else ''}",
+                f"The {kind}s are: {', '.join(known)}.",
+            )
         near = difflib.get_close_matches(spec.name, list(known), n=1, cutoff=0.0)
         raise ConfigError(
             f"There is no {kind} `{spec.name}`.",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalith.policy.batching import SplitFuse
-from megalith.policy.cluster import Event, InstanceId
+from megalith.policy.cluster import Event, InstanceId, Migrate
 from megalith.policy.facts import Request, RequestId, StepPlan
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
@@ -24,6 +24,13 @@ from megalith.specs.fleet import HandoffSpec, LinkSpec, MigrationSpec
 BLOCK_TOKENS = 4
 STEP_NS = 1_000
 KV = KvShape(bytes_per_token=10, layers=4)
+
+
+def run_until(kernel: Kernel, time_ns: int) -> None:
+    """Run all events up to this time, which is then now."""
+    while kernel._heap and kernel._heap[0][0] <= time_ns:
+        kernel.run(1)
+    kernel.now_ns = time_ns
 
 
 @dataclass
@@ -75,6 +82,7 @@ class SmallInstance:
             request.arrival_ns,
             request.prompt_tokens + job.generated,
             request.max_new_tokens - job.generated,
+            request.priority,
         )
         self.scheduler.add(known)
         self.wake(self.cluster.kernel.now_ns)
@@ -88,9 +96,6 @@ class SmallInstance:
             call()
         else:
             self.calls.append(call)
-
-    def slow(self, factor: float) -> None:
-        self.slowdown = factor
 
     def wake(self, now_ns: int) -> None:
         if self.plan is not None or not self.up or self.ending:
@@ -149,10 +154,11 @@ class SmallCluster:
         # 40 bytes a block, so that one takes 40 ns.
         self.network = Network(self.kernel, link or LinkSpec(bytes_per_s=1e9))
         self.handoffs = Handoffs(self, self.network, handoff or HandoffSpec(), KV)
-        self.migrations = Migrations(self, self.network, migration or MigrationSpec(), KV, self.handoffs)
+        self.migrations = Migrations(self, self.handoffs, migration or MigrationSpec(), self.slow)
         self.instances = {number: SmallInstance(self, number, count) for number, count in enumerate(blocks)}
         self.jobs: dict[RequestId, Job] = {}
         self.events: list[Event] = []
+        self.refusals: list[tuple[Migrate, str]] = []
         self.spare: InstanceId | None = None
         """Where hand-offs go whose decode side was lost."""
 
@@ -177,6 +183,16 @@ class SmallCluster:
         assert job.instance == instance
         job.moves.append(("kept", instance, instance))
 
+    def held(self, request_id: RequestId, instance: InstanceId) -> None:
+        assert self.jobs[request_id].instance == instance
+        assert self.instances[instance].plan is None, "held in the middle of a step"
+
+    def resumed(self, request_id: RequestId, instance: InstanceId) -> None:
+        assert self.jobs[request_id].instance == instance
+
+    def slow(self, instance: InstanceId, factor: float) -> None:
+        self.instances[instance].slowdown = factor
+
     def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:
         return self.spare
 
@@ -187,6 +203,11 @@ class SmallCluster:
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
+
+    def migrate(self, command: Migrate) -> None:
+        refused = self.migrations.carry_out(command)
+        if refused is not None:
+            self.refusals.append((command, refused))
 
     # As the world
 
@@ -236,6 +257,10 @@ class SmallCluster:
                     up[0].submit(job)
                 else:
                     job.ended = "lost"
+
+    def until(self, time_ns: int) -> None:
+        """Run all events up to this time."""
+        run_until(self.kernel, time_ns)
 
     def check(self) -> None:
         for instance in self.instances.values():

@@ -13,6 +13,7 @@ from megalith.base.units import NS_PER_S
 from megalith.sim.kernel import Kernel
 from megalith.sim.network import RATE_UNITS, Network, Transfer, _fill, _Line, _Port
 from megalith.specs.fleet import LinkSpec, PairSpec
+from tests.sim.small_cluster import run_until
 
 GB = 10**9
 
@@ -133,7 +134,7 @@ def test_cancelling_gives_the_port_back_and_says_what_had_left() -> None:
 def test_cancelled_while_the_latency_runs_does_not_arrive() -> None:
     net = made(latency_s=1.0)
     transfer = net.send(0, 1, 1000)
-    net.kernel.run(NS_PER_S // 2)
+    run_until(net.kernel, NS_PER_S // 2)
     assert transfer.state == "landing"
     assert net.network.cancel(transfer) == 1000
     net.kernel.run()

@@ -100,7 +100,7 @@ def test_chunks_of_a_long_prompt_go_while_the_next_is_computed() -> None:
 def test_layerwise_holds_blocks_at_the_decode_side_while_the_prompt_runs() -> None:
     cluster = SmallCluster([40, 40])
     handed(cluster, 1, prompt=64, output=2, mode="layerwise")
-    cluster.kernel.run(STEP_NS // 2)
+    cluster.until(STEP_NS // 2)
     assert cluster.instances[1].scheduler.kv.used_blocks == 16
     cluster.kernel.run()
     cluster.settled()
@@ -110,7 +110,7 @@ def test_whoever_is_refused_waits_on_the_prefill_side_in_order() -> None:
     cluster = SmallCluster([40, 7])
     for number in (1, 2, 3):
         handed(cluster, number, prompt=16, output=5, mode="push", at_ns=number)
-    cluster.kernel.run(4 * STEP_NS)
+    cluster.until(4 * STEP_NS)
     # 4 or 5 blocks of 7 go to the first; the others wait and keep theirs.
     assert cluster.handoffs.waiting(0) == 2
     assert cluster.instances[0].scheduler.kv.used_blocks == 8
@@ -162,7 +162,7 @@ def test_pull_fetches_only_while_little_is_on_its_way() -> None:
         cluster = SmallCluster([40, 100], link=LinkSpec(bytes_per_s=0.01e9))
         for number in (1, 2, 3):
             handed(cluster, number, prompt=20, output=2, mode=mode, at_ns=number)  # type: ignore[arg-type]
-        cluster.kernel.run(6 * STEP_NS)
+        cluster.until(6 * STEP_NS)
         seen[mode] = (cluster.network.moving, cluster.handoffs.waiting(0))
         cluster.kernel.run()
         cluster.settled()

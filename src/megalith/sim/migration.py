@@ -16,15 +16,16 @@ refuses or dies), the request stays or goes on there; if the source dies, what t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megalith.base.errors import CapacityError, PromptTooLong, RequestError
 from megalith.base.units import NS_PER_S
-from megalith.policy.cluster import Event, InstanceId, Migrate
+from megalith.policy.cluster import Command, Event, InstanceId, Migrate
 from megalith.policy.facts import Request, RequestId
-from megalith.sim.network import Network, Transfer
-from megalith.sim.parties import Host, KvShape, Party
+from megalith.sim.network import Transfer
+from megalith.sim.parties import Host, MoveKind, Party
+from megalith.sim.transfer import Handoffs
 from megalith.specs.fleet import MigrationSpec
 
 
@@ -66,15 +67,25 @@ class Migrations:
     """All migrations of a cluster. Calls are O(1), but for `down`, which is O(migrations)."""
 
     def __init__(
-        self, host: Host, network: Network, spec: MigrationSpec, kv: KvShape, handoffs: Container[RequestId] = ()
+        self,
+        host: Host,
+        handoffs: Handoffs,
+        spec: MigrationSpec,
+        slow: Callable[[InstanceId, float], object] | None = None,
     ) -> None:
-        """Requests in `handoffs` are on their way already and are refused."""
+        """Bytes and network are those of `handoffs`, whose requests are on their way already and are refused.
+
+        `slow(instance, factor)`: its steps take `factor` times as long from now on; needed for `spec.slowdown`.
+        """
+        if spec.slowdown != 1.0 and slow is None:
+            raise ValueError("a slow-down needs somebody who can slow an instance down")
         self._host = host
-        self._network = network
-        self._spec = spec
-        self._stage_ns = round(spec.stage_s * NS_PER_S)
-        self._kv = kv
         self._handoffs = handoffs
+        self._network = handoffs.network
+        self._kv = handoffs.kv
+        self._spec = spec
+        self._slow = slow if spec.slowdown != 1.0 else None
+        self._stage_ns = round(spec.stage_s * NS_PER_S)
         self._live: dict[RequestId, _Migration] = {}
         self._busy: Counter[InstanceId] = Counter()
         self.counters = MigrationCounters()
@@ -88,27 +99,36 @@ class Migrations:
 
     # What the cluster tells
 
-    def start(self, command: Migrate) -> None:
-        """Carry out the command; how it ends comes as an event of the kind `command`, now or later."""
+    def carry_out(self, command: Command) -> str | None:
+        """Begin a Migrate. Returns why it is refused; how it ends otherwise comes as an event of the kind `command`."""
+        if not isinstance(command, Migrate):
+            raise TypeError(f"{command} is no migration")
+        refused = self._start(command)
+        self.counters.refused += refused is not None
+        return refused
+
+    def _start(self, command: Migrate) -> str | None:
         source, target = self._host.find(command.source), self._host.find(command.target)
         request = self._host.request(command.request_id)
         if source is None or target is None:
-            return self._refuse(command, "an instance is down or gone")
+            return "an instance is down or gone"
         if request is None:
-            return self._refuse(command, "the request has ended")
+            return "the request has ended"
         reason = self._objection(command, source, target)
         if reason:
-            return self._refuse(command, reason)
+            return reason
         migration = _Migration(command, request)
         if command.mode != "recompute":
             computed = source.scheduler.progress(request.id).computed
             if not self._make_room(migration, computed + 1):
-                return self._refuse(command, "the target has no room")
-        self._begin(migration, source, target)
+                return "the target has no room"
+        self._begin(migration)
         if command.mode == "live":
-            return self._next_stage(migration)
-        last = self._drop if command.mode == "blocking" else self._recompute
-        return source.at_boundary(lambda: last(migration))
+            self._next_stage(migration)
+        else:
+            last = self._drop if command.mode == "blocking" else self._recompute
+            source.at_boundary(lambda: last(migration))
+        return None
 
     def gone(self, request_id: RequestId) -> None:
         """The request finished or was taken away; call it before its blocks are freed, if it was taken away."""
@@ -153,12 +173,12 @@ class Migrations:
         on_device = request_id in source.scheduler.kv.requests_on_device
         return "" if on_device and known - computed == 1 else "the request does not decode"
 
-    def _begin(self, migration: _Migration, source: Party, target: Party) -> None:
+    def _begin(self, migration: _Migration) -> None:
         self._live[migration.request.id] = migration
-        for party in (source, target):
-            self._busy[party.id] += 1
-            if self._spec.slowdown != 1.0:
-                party.slow(self._spec.slowdown)
+        for instance in (migration.command.source, migration.command.target):
+            self._busy[instance] += 1
+            if self._slow is not None and self._busy[instance] == 1:
+                self._slow(instance, self._spec.slowdown)
 
     def _make_room(self, migration: _Migration, known_tokens: int) -> bool:
         """Reserve blocks at the target, or more of them."""
@@ -205,6 +225,7 @@ class Migrations:
         request_id, kv = migration.request.id, source.scheduler.kv
         computed, known, _ = source.scheduler.progress(request_id)
         source.scheduler.hold(request_id)
+        self._host.held(request_id, source.id)
         migration.held_ns = self._host.kernel.now_ns
         if self._make_room(migration, known):
             block_tokens = kv.block_tokens if self._spec.whole_blocks else 1
@@ -250,7 +271,7 @@ class Migrations:
         downtime_ns = now_ns - held_ns
         self.counters.downtime_ns += downtime_ns
         self.counters.longest_downtime_ns = max(self.counters.longest_downtime_ns, downtime_ns)
-        self._moved(migration, downtime_ns)
+        self._moved(migration, "migration", downtime_ns)
 
     def _recompute(self, migration: _Migration) -> None:
         command = migration.command
@@ -263,17 +284,18 @@ class Migrations:
             self._abort(migration, f"the target refused: {error.what}")
             return
         source.scheduler.depart(command.request_id)
-        self._moved(migration, None)
+        self._moved(migration, "recompute", None)
 
-    def _moved(self, migration: _Migration, downtime_ns: int | None) -> None:
+    def _moved(self, migration: _Migration, kind: MoveKind, downtime_ns: int | None) -> None:
         command, now_ns = migration.command, self._host.kernel.now_ns
         self._end(migration)
         self.counters.done += 1
-        self._host.moved(command.request_id, command.source, command.target, "migration")
+        self._host.moved(command.request_id, command.source, command.target, kind)
         for instance in (command.target, command.source):
             party = self._host.find(instance)
             if party is not None:
                 party.wake(now_ns)
+            self._handoffs.room(instance)
         self._tell(command, "done", "", downtime_ns=downtime_ns, stages=migration.stages)
 
     def _abort(self, migration: _Migration, reason: str) -> None:
@@ -287,9 +309,11 @@ class Migrations:
             target.interrupt(now_ns)
             target.scheduler.abort(command.request_id)
             target.wake(now_ns)
+            self._handoffs.room(command.target)
         if migration.held_ns is not None and source is not None:
             source.interrupt(now_ns)
             source.scheduler.commit(command.request_id)
+            self._host.resumed(command.request_id, command.source)
             source.wake(now_ns)
         self.counters.aborted += 1
         self._tell(command, "aborted", reason, stages=migration.stages)
@@ -299,14 +323,10 @@ class Migrations:
         del self._live[migration.request.id]
         for instance in (migration.command.source, migration.command.target):
             self._busy[instance] -= 1
-            if self._spec.slowdown != 1.0 and not self._busy[instance]:
-                party = self._host.find(instance)
-                if party is not None:
-                    party.slow(1.0)
-
-    def _refuse(self, command: Migrate, reason: str) -> None:
-        self.counters.refused += 1
-        self._tell(command, "refused", reason)
+            if not self._busy[instance]:
+                del self._busy[instance]
+                if self._slow is not None and self._host.find(instance) is not None:
+                    self._slow(instance, 1.0)
 
     def _tell(self, command: Migrate, outcome: str, reason: str, **more: int | None) -> None:
         data = {"command": command, "outcome": outcome, "reason": reason, **more}

@@ -13,7 +13,8 @@ from megalith.policy.facts import Request, RequestId
 from megalith.policy.scheduler import Scheduler
 from megalith.sim.kernel import Kernel
 
-MoveKind: TypeAlias = Literal["handoff", "migration"]
+MoveKind: TypeAlias = Literal["handoff", "migration", "recompute"]
+"""recompute: a migration that left the KV behind; the target has the request through resubmit()."""
 
 
 class KvShape(NamedTuple):
@@ -67,10 +68,6 @@ class Party(Protocol):
         """
         ...
 
-    def slow(self, factor: float) -> None:
-        """Steps planned from now on take this many times as long; 1 ends it."""
-        ...
-
 
 class Host(Protocol):
     """The cluster around the parties."""
@@ -93,7 +90,15 @@ class Host(Protocol):
         ...
 
     def kept(self, request_id: RequestId, instance: InstanceId) -> None:
-        """The hand-off of this request is off: it decodes where its prompt ran."""
+        """The hand-off of this request is off: it decodes where its prompt ran, and its scheduler knows."""
+        ...
+
+    def held(self, request_id: RequestId, instance: InstanceId) -> None:
+        """A migration took the request out of the batch of this instance, at a step boundary; its blocks are there."""
+        ...
+
+    def resumed(self, request_id: RequestId, instance: InstanceId) -> None:
+        """A migration was given up: the request that was held decodes on where it was, and its scheduler knows."""
         ...
 
     def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:
@@ -103,7 +108,7 @@ class Host(Protocol):
     def resubmit(self, request_id: RequestId, target: InstanceId) -> None:
         """Add the request to the scheduler of `target`, with its known tokens and no KV, and wake that.
 
-        Raises CapacityError or RequestError, with nothing changed, when it is refused. Says nothing of where it runs.
+        Raises CapacityError or RequestError, with nothing changed, when it is refused. moved() follows.
         """
         ...
 

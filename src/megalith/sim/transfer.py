@@ -86,9 +86,9 @@ class Handoffs:
 
     def __init__(self, host: Host, network: Network, spec: HandoffSpec, kv: KvShape) -> None:
         self._host = host
-        self._network = network
+        self.network = network
         self._spec = spec
-        self._kv = kv
+        self.kv = kv
         self._live: dict[RequestId, _Handoff] = {}
         self._queues: dict[InstanceId, deque[_Handoff]] = {}
         """By decode side, in the order of finished prompts."""
@@ -130,7 +130,7 @@ class Handoffs:
         if not handoff.reserved and not self._reserve(handoff, known + 1):
             handoff.mode = "push"
             return
-        layers, fresh = self._kv.layers, self._kv.size(new_tokens, 1)
+        layers, fresh = self.kv.layers, self.kv.size(new_tokens, 1)
         backlog = handoff.computed_bytes - handoff.moved_bytes
         ready = backlog + fresh * (layers - 1) // layers
         handoff.computed_bytes += fresh
@@ -268,7 +268,7 @@ class Handoffs:
     def _collect(self, handoff: _Handoff) -> int:
         """End the transfer of layers that runs. Returns the bytes that it moved and nobody has counted."""
         transfer, handoff.transfer = handoff.transfer, None
-        return self._network.cancel(transfer) if transfer is not None else 0
+        return self.network.cancel(transfer) if transfer is not None else 0
 
     def _start_over(self, handoff: _Handoff) -> None:
         self._collect(handoff)
@@ -281,20 +281,20 @@ class Handoffs:
         if handoff.state != "prompt" or handoff.step != step:
             return
         pace = max(1, num_bytes * NS_PER_S // (end_ns - self._host.kernel.now_ns))
-        handoff.transfer = self._network.send(handoff.source, handoff.target, num_bytes, _ignore, pace)
+        handoff.transfer = self.network.send(handoff.source, handoff.target, num_bytes, _ignore, pace)
 
     def _copy(self, handoff: _Handoff, source: Party) -> None:
         handoff.state = "copying"
         left = max(0, self._total_bytes(handoff, source) - handoff.moved_bytes)
         if handoff.mode == "push":
             left = round(left * (1.0 - self._spec.hidden))
-        handoff.transfer = self._network.send(
+        handoff.transfer = self.network.send(
             handoff.source, handoff.target, left, lambda _transfer: self._commit(handoff)
         )
 
     def _total_bytes(self, handoff: _Handoff, source: Party) -> int:
         block_tokens = source.scheduler.kv.block_tokens if self._spec.whole_blocks else 1
-        return self._kv.size(source.scheduler.progress(handoff.request.id).computed, block_tokens)
+        return self.kv.size(source.scheduler.progress(handoff.request.id).computed, block_tokens)
 
     def _commit(self, handoff: _Handoff) -> None:
         source, target = self._host.find(handoff.source), self._host.find(handoff.target)
@@ -349,10 +349,11 @@ class Handoffs:
     def _resume(self, handoff: _Handoff) -> None:
         """It was held on the prefill side and goes on there."""
         source = self._host.find(handoff.source)
-        self._keep(handoff)
         if source is not None:
             source.interrupt(self._host.kernel.now_ns)
             source.scheduler.commit(handoff.request.id)
+        self._keep(handoff)
+        if source is not None:
             source.wake(self._host.kernel.now_ns)
 
     def _lost_target(self, handoff: _Handoff) -> None:

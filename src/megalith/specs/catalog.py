@@ -35,7 +35,7 @@ class CatalogModel(Config, kw_only=True):
     date: str
 
 
-def _tables(folder: str, key: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def tables(folder: str, key: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """{entry name: (file name, raw table)} over all TOML files of one folder of the catalogue."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     root = files("megalith").joinpath("catalog", folder)
@@ -53,7 +53,7 @@ def _tables(folder: str, key: str) -> dict[str, tuple[str, dict[str, Any]]]:
 def models() -> Mapping[str, CatalogModel]:
     """Every model of the catalogue by its name."""
     result = {}
-    for name, (origin, table) in _tables("models", "models").items():
+    for name, (origin, table) in tables("models", "models").items():
         spec = {"name": name, "source": table.get("source", ""), **table.get("spec", {})}
         result[name] = convert({**table, "spec": spec}, CatalogModel, f"catalog/models/{origin}, {name}")
     return result
@@ -64,11 +64,11 @@ def devices() -> Mapping[str, DeviceSpec]:
     """Every device of the catalogue by its name."""
     return {
         name: convert({"name": name, **table}, DeviceSpec, f"catalog/devices/{origin}, {name}")
-        for name, (origin, table) in _tables("devices", "devices").items()
+        for name, (origin, table) in tables("devices", "devices").items()
     }
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
     """A name without owner, case, punctuation and the suffixes that do not change a model's shape."""
     name = name.strip().rsplit("/", 1)[-1].lower()
     while (shorter := _SUFFIXES.sub("", name)) != name:
@@ -76,35 +76,36 @@ def _canonical(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name)
 
 
-def _index(entries: Mapping[str, Any]) -> dict[str, str]:
+def index_names(entries: Mapping[str, Any]) -> dict[str, str]:
+    """{canonical form of every name and alias: name}."""
     index: dict[str, str] = {}
     for name, entry in entries.items():
         for label in (name, *entry.aliases):
-            index.setdefault(_canonical(label), name)
+            index.setdefault(canonical(label), name)
     for name in entries:
-        index[_canonical(name)] = name
+        index[canonical(name)] = name
     return index
 
 
 @functools.cache
 def _model_index() -> dict[str, str]:
-    return _index(models())
+    return index_names(models())
 
 
 @functools.cache
 def _device_index() -> dict[str, str]:
-    return _index(devices())
+    return index_names(devices())
 
 
 def nearest(name: str, index: Mapping[str, str], count: int = 3) -> list[str]:
     """The catalogue names closest to `name`, best first, without repeats."""
-    close = difflib.get_close_matches(_canonical(name), index, n=count * 2, cutoff=0.3)
+    close = difflib.get_close_matches(canonical(name), index, n=count * 2, cutoff=0.3)
     return list(dict.fromkeys(index[match] for match in close))[:count]
 
 
 def find_model(name: str) -> CatalogModel | None:
     """The entry called `name` (or an alias of it, in any case, with or without an owner), else None."""
-    found = _model_index().get(_canonical(name))
+    found = _model_index().get(canonical(name))
     return models()[found] if found else None
 
 
@@ -125,7 +126,7 @@ def model(name: str) -> ModelSpec:
 
 def device(name: str) -> DeviceSpec:
     """A catalogue device by name or alias. Raises ConfigError with the nearest names."""
-    found = _device_index().get(_canonical(name))
+    found = _device_index().get(canonical(name))
     if found is None:
         near = nearest(name, _device_index())
         hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(devices())}, here."

@@ -21,13 +21,14 @@ from megalith.base.random import splitmix64, uniform
 from megalith.base.units import NS_PER_S
 from megalith.specs import draws
 from megalith.specs.arrivals import Arrivals, ClosedLoop, arrival_times
+from megalith.specs.conversations import Conversations, Sessions
 from megalith.specs.draws import Ints
 from megalith.specs.lengths import Lengths, draw_lengths
 from megalith.specs.shape import PREFIX_BLOCK_TOKENS, RequestShape
 from megalith.specs.trace import TraceColumns, TraceFormat, read_rows
 
 _INPUT, _OUTPUT, _ARRIVAL, _PRIORITY = 1, 2, 3, 6
-"""Numbers of the random streams under a seed; the load generator's texts use 4 and 5."""
+"""Numbers of the random streams under a seed; the load generator's texts use 4 and 5, conversations 7 to 9."""
 _CHUNK = 2048
 _MAX_MISSES = 1_000_000
 
@@ -60,6 +61,8 @@ class WorkloadSpec(Config, kw_only=True):
     trace: TraceSource | None = None
     input: Lengths | None = None
     output: Lengths | None = None
+    conversations: Conversations | None = None
+    """Drawn requests that go on where earlier ones ended; None: no two have a beginning in common."""
     arrivals: Arrivals | None = None
     """None: as recorded."""
     speedup: float = 1.0
@@ -114,6 +117,9 @@ def _check_source(spec: WorkloadSpec) -> None:
         raise ConfigError(
             "Drawn lengths have no arrival times.", "Give arrivals, such as poisson at 5 requests a second."
         )
+    if spec.conversations and (not drawn or isinstance(spec.arrivals, ClosedLoop)):
+        what = "Conversations are made of drawn lengths at drawn times."
+        raise ConfigError(what, "Leave them out for a trace or a closed loop; a trace has its own prefix ids.")
     columns = spec.trace.columns if spec.trace else None
     if columns is not None and columns.arrival is None and spec.arrivals is None:
         raise ConfigError("The trace has no arrival column.", "Give arrivals, such as poisson at 5 requests a second.")
@@ -226,6 +232,7 @@ def _most_output(spec: WorkloadSpec) -> int:
 def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape]:
     """Requests made of drawn lengths, some thousands at a time."""
     times = _Clock(spec, seed)
+    sessions = spec.conversations and Sessions(spec.conversations, spec.prefix_block_tokens, seed)
     index, first = 0, 0
     while spec.requests is None or index < spec.requests:
         count = _CHUNK if spec.requests is None else min(_CHUNK, spec.requests - index)
@@ -237,17 +244,15 @@ def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape
             if not index and not len(inputs) and first > _MAX_MISSES:
                 what = f"None of {first:,} drawn requests has at most {spec.max_total_tokens} tokens in all."
                 raise ConfigError(what, "Raise max_total_tokens, or draw shorter lengths.")
-        inputs, outputs = np.minimum(inputs, spec.max_input_tokens or 10**18), np.minimum(outputs, _most_output(spec))
-        at_ns = times.next(len(inputs))
-        indices = range(index, index + len(inputs))
-        # Zipped with the times: where those end, so does the workload.
-        yield from map(
-            RequestShape, indices, at_ns, inputs.tolist(), outputs.tolist(), repeat(()),
-            _priorities(spec, seed, index, len(inputs)),
-        )  # fmt: skip
+        prompts = np.minimum(inputs, spec.max_input_tokens or 10**18).tolist()
+        answers = np.minimum(outputs, _most_output(spec)).tolist()
+        at_ns, priorities = times.next(len(prompts)), _priorities(spec, seed, index, len(prompts))
+        ids = sessions.prefix_ids(index, at_ns, prompts, answers) if sessions else repeat(())
+        # Where the times end, so does the workload.
+        yield from map(RequestShape, range(index, index + len(prompts)), at_ns, prompts, answers, ids, priorities)
         if times.ended:
             return
-        index += len(inputs)
+        index += len(prompts)
 
 
 def _priorities(spec: WorkloadSpec, seed: int, first: int, count: int) -> Iterator[int]:

@@ -14,7 +14,7 @@ import heapq
 import statistics
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ import duckdb
 from megalith.base.errors import MegalithError
 from megalith.base.random import uniform
 from megalith.cost.memory import (
+    RESIDENCY,
     Workspace,
     activation_bytes,
     kv_bytes_per_token,
@@ -112,23 +113,24 @@ def engine_of(run: Run) -> Engine:
     InferenceMAX (README and benchmark scripts of 2025): vLLM with 8,192 batched tokens, asynchronous scheduling (host
     time hidden), 90 % of memory, FP8 KV on B200; TensorRT-LLM with 16,384 tokens, FP8 KV and, for 1,024 / 1,024 below
     eight devices, batch_wait_max_tokens_ratio 0.9 and batch_wait_timeout_iters 20.
-    NVIDIA's own runs: the defaults. vLLM 0.12: 8,192 tokens on H100, 90 %, no asynchronous scheduling, so 1 ms of host
-    time a step (data/llmservingsim, other GPUs). TensorRT-LLM: 8,192 tokens, no chunked context, 90 % of what weights
-    leave, overlap scheduler; FP8 KV beside FP8 weights. SGLang: prompts first in chunks of 8,192 tokens, 0.87 of
-    memory, overlap scheduler.
+    NVIDIA's own runs: what aiconfigurator's generator sets (benchmark/trtllm.rule, vllm/cli_args.0.12.0.j2), else the
+    engines' defaults. TensorRT-LLM: at most concurrency + prompt + 1,500 tokens a step, no chunked context, 80 % of what
+    weights leave, overlap scheduler, FP8 KV beside FP8 weights. vLLM 0.12: 8,192 tokens, 90 % of memory, no asynchronous
+    scheduling, so 1 ms of host time a step (data/llmservingsim, other GPUs). SGLang: prompts first, 8,192 tokens, 0.87
+    of memory, overlap scheduler.
     """
-    if run.backend == "vllm":
-        kv = "fp8" if run.inference_max and run.device == "b200" else "bf16"
-        return Engine(SplitFuse(8_192), 0.9, 0 if run.inference_max else 1_000_000, kv)
+    kv = "bf16" if run.number == "bf16" else "fp8"
+    if run.inference_max:
+        if run.backend == "vllm":
+            return Engine(SplitFuse(8_192), 0.9, 0, kv if run.device == "b200" else "bf16")
+        waits = run.prompt_tokens == run.output_tokens == 1024 and run.tensor_parallel < 8
+        wait_tokens, wait_steps = (int(0.9 * 16_384), 20) if waits else (0, 0)
+        return Engine(InFlight(16_384), 0.9, 0, kv, True, wait_tokens, wait_steps)
     if run.backend == "sglang":
         return Engine(PrefillFirst(8_192), 0.87, 0, "bf16")
-    kv = "bf16" if run.number == "bf16" else "fp8"
-    if not run.inference_max:
-        return Engine(InFlight(8_192), 0.9, 0, kv, whole_reservation=True)
-    engine = Engine(InFlight(16_384), 0.9, 0, kv, whole_reservation=True)
-    if run.prompt_tokens == run.output_tokens == 1024 and run.tensor_parallel < 8:
-        return replace(engine, wait_tokens=int(0.9 * 16_384), wait_steps=20)
-    return engine
+    if run.backend == "vllm":
+        return Engine(SplitFuse(8_192), 0.9, 1_000_000, "bf16")
+    return Engine(InFlight(run.concurrency + run.prompt_tokens + 1_500), 0.8, 0, kv, True)
 
 
 def kv_tokens(run: Run, engine: Engine, spec: ModelSpec) -> int:
@@ -138,6 +140,7 @@ def kv_tokens(run: Run, engine: Engine, spec: ModelSpec) -> int:
         weight_bytes(spec, "fp4" if run.number == "mxfp4" else run.number), run.tensor_parallel
     )
     work = activation_bytes(spec, "cuda", Workspace(rows=8_192, outputs=run.concurrency))[0] // run.tensor_parallel
+    work += RESIDENCY["cuda"].base_bytes
     share = engine.memory_share
     room = (memory - weights - work) * share if engine.whole_reservation else memory * share - weights - work
     token = kv_bytes_per_token(spec, engine.kv) * per_device_kv_heads(spec, run.tensor_parallel) / spec.num_kv_heads
@@ -164,6 +167,8 @@ class ClosedLoop:
         self.scheduler, self.timer, self.engine = scheduler, timer, engine
         self.todo = deque(clients)
         self.by_id = {client.request.id: client for client in clients}
+        self.on_the_way: list[Client] = []
+        """Sent when a step ended: the engine has begun the next one before they arrive."""
         self.held: list[Client] = []
         self.waited = self.now_ps = self.clock = 0
         self.ends: list[tuple[int, int]] = []
@@ -172,15 +177,20 @@ class ClosedLoop:
         """Until every request is answered."""
         for _ in range(min(concurrency, len(self.todo))):
             self._send()
+        self._arrive()
         while True:
             self._release()
             plan = self.scheduler.plan()
             if plan.empty:
-                return
+                if not self.on_the_way:
+                    return
+                self._arrive()
+                continue
             for preempt in plan.preempts:
                 client = self.by_id[preempt.request_id]
-                client.generated = client.output_tokens - (client.finish_clock - self.clock)
-                client.finish_clock = -1
+                if client.finish_clock >= 0:
+                    client.generated = client.output_tokens - (client.finish_clock - self.clock)
+                    client.finish_clock = -1
             if plan.listed:
                 chunks = [Prompt(chunk.new_tokens, chunk.context_tokens, chunk.samples) for chunk in plan.listed]
                 self.now_ps += self.timer.step_ps(chunks, plan.decodes, plan.decode_context_sum, 0)
@@ -188,6 +198,8 @@ class ClosedLoop:
             else:
                 line = self.timer.decode_line(plan.decodes, plan.decode_context_sum, 0)
                 steps = min(plan.repeats + 1, line.steps, self._next_end() - self.clock)
+                if self.on_the_way:
+                    steps = 1
                 if self.held:
                     steps = min(steps, self.engine.wait_steps - self.waited)
                 self.now_ps += line.total_ps(steps)
@@ -198,6 +210,7 @@ class ClosedLoop:
                 if chunk.samples:
                     done += self._sampled(self.by_id[chunk.request_id])
             self.scheduler.complete(plan, [client.request.id for client in done], steps)
+            self._arrive()
             for client in done:
                 client.last_ps = self.now_ps
                 self._send()
@@ -206,7 +219,11 @@ class ClosedLoop:
         if self.todo:
             client = self.todo.popleft()
             client.sent_ps = self.now_ps
-            self.held.append(client)
+            self.on_the_way.append(client)
+
+    def _arrive(self) -> None:
+        self.held += self.on_the_way
+        self.on_the_way.clear()
 
     def _release(self) -> None:
         """Hand requests to the scheduler, unless the engine waits for more of them."""

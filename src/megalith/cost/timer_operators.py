@@ -128,7 +128,7 @@ class OperatorTimer:
         return self._host_ps + row_ps + head_ps
 
     def _rows(self, rows: int) -> int:
-        """All layers without attention; of a slower clock the part that multiplying takes feels all, the rest little."""
+        """All layers without attention; of a slower clock multiplying feels all, the rest little."""
         time = self._dense.rows.value(rows)
         rates = self._cost.profile.rates
         busy = min(1.0, rows * self._cost.layer_macs * rates.mac_ns / self.tensor_parallel / time)

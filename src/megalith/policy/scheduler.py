@@ -86,8 +86,11 @@ class Scheduler:
 
     # Requests
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises PromptTooLong when it could never fit and QueueFull when too many wait."""
+    def add(self, request: Request, sampled: int = 0) -> None:
+        """Queue a request, of which `sampled` tokens exist already where it comes from an instance that lost its KV.
+
+        Raises PromptTooLong when it could never fit and QueueFull when too many wait.
+        """
         if request.id in self._roster.sequences:
             raise ValueError(f"request {request.id} is here already")
         if request.prompt_tokens < 1 or request.max_new_tokens < 1:
@@ -100,7 +103,10 @@ class Scheduler:
                 f"{len(self._roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
                 "Try again shortly, or raise the limit.",
             )
-        self._roster.add(Sequence(request))
+        sequence = Sequence(request)
+        if sampled:
+            sequence.known_ += sampled
+        self._roster.add(sequence)
         self._changed = True
 
     def abort(self, request_id: RequestId) -> bool:
@@ -148,6 +154,7 @@ class Scheduler:
         sequence.cached, sequence.hashes = 0, ()
         roster.sequences[request.id] = sequence
         roster.num_incoming += 1
+        self._changed = True
         return True
 
     def extend(self, request_id: RequestId, known_tokens: int) -> bool:
@@ -158,6 +165,7 @@ class Scheduler:
             if not self.kv.promise(lacking):
                 return False
             sequence.table.held += lacking
+            self._changed = True
         sequence.known_ = max(sequence.known_, known_tokens)
         return True
 
@@ -254,7 +262,7 @@ class Scheduler:
 
         A request that has all its max_new_tokens must be among `finished`; ids that are gone already are passed over.
         `steps` at once leave the same state as one at a time, also when something was added meanwhile; runs that were
-        done before an abort() are to be completed before it. `under_way`: the run after these has begun, before whatever
+        done before an abort() are to be completed before it. `under_way`: the run after these has begun, before what
         changed since.
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:

@@ -18,6 +18,7 @@ from megalith.policy.cluster import (
     Event,
     Headroom,
     InstanceId,
+    Migrate,
     Reject,
     Role,
     Route,
@@ -27,7 +28,10 @@ from megalith.policy.cluster import (
 from megalith.policy.facts import Request, RequestId
 from megalith.sim.instance import Instance
 from megalith.sim.kernel import Kernel
-from megalith.sim.live import Live, Outcome
+from megalith.sim.live import NEVER, Live, Outcome
+from megalith.sim.migration import Migrations
+from megalith.sim.parties import MoveKind
+from megalith.sim.transfer import Handoffs
 from megalith.sim.view import ClusterView, Facts
 from megalith.specs.fleet import PoolSpec
 
@@ -59,34 +63,6 @@ class Executor(Protocol):
         ...
 
 
-class Handoff(Protocol):
-    """What becomes of prompts that decode elsewhere (sim/transfer.py)."""
-
-    def expect(self, request: Request, source: InstanceId, target: InstanceId, mode: str) -> None:
-        """It was routed."""
-        ...
-
-    def prompt_done(self, request_id: RequestId) -> bool:
-        """The first token is there; True when it was taken out of the batch."""
-        ...
-
-    def gone(self, request_id: RequestId) -> None:
-        """It ended."""
-        ...
-
-    def preempted(self, request_id: RequestId) -> None:
-        """It lost its blocks."""
-        ...
-
-    def room(self, instance: InstanceId) -> None:
-        """Blocks came free."""
-        ...
-
-    def down(self, instance: InstanceId) -> None:
-        """An instance died."""
-        ...
-
-
 class Cluster:
     """See the module. Add pools, then `feed()` it requests and run the kernel."""
 
@@ -109,7 +85,8 @@ class Cluster:
         """All requests that have arrived and not ended."""
         self.view = ClusterView(lambda: kernel.now_ns)
         self.executors: dict[type[Command], Executor] = {}
-        self.handoffs: Handoff | None = None
+        self.handoffs: Handoffs | None = None
+        self.migrations: Migrations | None = None
         self.ended = 0
         self.on_end: Callable[[Live], object] | None = None
         """Told of every request that ends, such as a closed loop of clients."""
@@ -146,6 +123,11 @@ class Cluster:
         del self.instances[instance_id], self.pools[instance_id], self.facts[instance_id]
 
     # Requests
+
+    @property
+    def busy(self) -> bool:
+        """Requests are here or still to come."""
+        return bool(self.live) or self._more
 
     def feed(self, arrivals: Iterator[Live]) -> None:
         """Take requests from `arrivals`, which are in the order of arrival, as their time comes."""
@@ -249,6 +231,8 @@ class Cluster:
     def finished(self, instance: Instance, live: Live) -> None:
         """See Outlet."""
         self._uncount(instance.id, live)
+        if live.moving and self.migrations is not None:
+            self.migrations.gone(live.request.id)
         if self.handoffs is not None:
             if live.decode_instance >= 0:
                 self._forget_decode(live)
@@ -260,6 +244,8 @@ class Cluster:
         self.kernel.log(PREEMPT, live.request.id, instance.id)
         if self.handoffs is not None and live.decode_instance >= 0:
             self.handoffs.preempted(live.request.id)
+        if live.moving and self.migrations is not None:
+            self.migrations.preempted(live.request.id)
         if "preempt" in self._listeners:
             self.emit(Event("preempt", self.kernel.now_ns, live.request.id, {"instance": instance.id}))
 
@@ -267,6 +253,11 @@ class Cluster:
         """See Outlet."""
         if "idle" in self._listeners:
             self.emit(Event("idle", self.kernel.now_ns, instance.id))
+
+    def prompt_begins(self, instance: Instance, live: Live, new_tokens: int, end_ns: int) -> None:  # noqa: ARG002
+        """See Outlet."""
+        if self.handoffs is not None:
+            self.handoffs.prompt_step(live.request.id, new_tokens, self.kernel.now_ns, end_ns)
 
     def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:  # noqa: ARG002
         """See Outlet."""
@@ -288,7 +279,7 @@ class Cluster:
         live = self.live.get(request_id)
         return None if live is None else live.request
 
-    def moved(self, request_id: RequestId, source: InstanceId, target: InstanceId, kind: str) -> None:
+    def moved(self, request_id: RequestId, source: InstanceId, target: InstanceId, kind: MoveKind) -> None:
         """A request runs on `target` from now on."""
         live = self.live[request_id]
         old, new = self.instances.get(source), self.instances[target]
@@ -297,15 +288,18 @@ class Cluster:
             old.left(live)
             self._uncount(source, live)
         live.instance = target
-        if kind == "migration":
+        self.kernel.log(MOVE, request_id, target)
+        if kind == "handoff":
+            live.decode_instance = NEVER
+            live.transfer_ns += self.kernel.now_ns - live.first_ns
+        else:
             live.migrations += 1
             self.facts[target].outstanding += 1
             self.facts[target].promised_tokens += live.request.prompt_tokens + live.request.max_new_tokens
+        if kind == "recompute":
+            new.changed()
         else:
-            live.decode_instance = -1
-            live.transfer_ns += self.kernel.now_ns - live.first_ns
-        self.kernel.log(MOVE, request_id, target)
-        new.joined(live)
+            new.joined(live)
 
     def kept(self, request_id: RequestId, instance: InstanceId) -> None:
         """The hand-off is off: it decodes where its prompt ran."""
@@ -313,8 +307,23 @@ class Cluster:
         facts = self.facts[instance]
         facts.promised_tokens += live.request.max_new_tokens - 1
         self._forget_decode(live)
-        if live.finish_clock < 0:
-            self.kernel.at(self.kernel.now_ns, self._resume, live)
+        if live.finish_clock == NEVER:
+            self.instances[instance].joined(live)
+
+    def held(self, request_id: RequestId, instance: InstanceId) -> None:
+        """A migration took the request out of the batch."""
+        self.instances[instance].left(self.live[request_id])
+
+    def resumed(self, request_id: RequestId, instance: InstanceId) -> None:
+        """A migration was given up: it decodes on where it was."""
+        self.instances[instance].joined(self.live[request_id])
+
+    def resubmit(self, request_id: RequestId, target: InstanceId) -> None:
+        """Add the request to another instance, with its known tokens and no KV."""
+        live, new = self.live[request_id], self.instances[target]
+        known = self.instances[live.instance].scheduler.progress(request_id).known
+        new.scheduler.add(live.request, known - live.request.prompt_tokens)
+        new.lives[request_id] = live
 
     def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:  # noqa: ARG002
         """Another decode instance for a request whose own was lost: the least loaded of the role."""
@@ -323,6 +332,10 @@ class Cluster:
 
     def emit(self, event: Event) -> None:
         """Tell the controllers that listen, and do what they want."""
+        if event.kind == "command" and isinstance(event.data["command"], Migrate):
+            live = self.live.get(event.data["command"].request_id)
+            if live is not None:
+                live.moving = False
         for controller in self._listeners.get(event.kind, ()):
             for command in controller.act(event, self.view):
                 self.carry_out(command)
@@ -349,6 +362,10 @@ class Cluster:
             refused = "nothing here can do that" if executor is None else executor.carry_out(command)
             if refused is not None:
                 self.over(command, "refused", refused)
+            elif isinstance(command, Migrate) and command.request_id in self.live:
+                self.live[command.request_id].moving = self.migrations is not None and (
+                    command.request_id in self.migrations
+                )
 
     def over(self, command: Command, outcome: str, reason: str = "") -> None:
         """Tell the controllers how a command ended."""
@@ -365,7 +382,7 @@ class Cluster:
     def _tick(self, controller: Controller) -> None:
         for command in controller.act(Event("tick", self.kernel.now_ns), self.view):
             self.carry_out(command)
-        if self.live or self._more:
+        if self.busy:
             self.kernel.at(self.kernel.now_ns + (controller.period_ns or 1), self._tick, controller)
 
     def _uncount(self, instance: InstanceId, live: Live) -> None:
@@ -380,18 +397,13 @@ class Cluster:
 
     def _forget_decode(self, live: Live) -> None:
         """It will not decode where it was to."""
-        target, live.decode_instance = live.decode_instance, -1
+        target, live.decode_instance = live.decode_instance, NEVER
         if target in self.facts:
             decode = self.facts[target]
             decode.outstanding -= 1
             decode.promised_tokens -= live.request.prompt_tokens + live.request.max_new_tokens
         if self.handoffs is not None:
             self.handoffs.gone(live.request.id)
-
-    def _resume(self, live: Live) -> None:
-        instance = self.instances.get(live.instance)
-        if instance is not None and live.finish_clock < 0 and not live.outcome:
-            instance.joined(live)
 
 
 def _number(command: Command) -> int:

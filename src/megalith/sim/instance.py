@@ -42,6 +42,10 @@ class Outlet(Protocol):
         """Nothing is left to run."""
         ...
 
+    def prompt_begins(self, instance: Instance, live: Live, new_tokens: int, end_ns: int) -> None:
+        """A step with a chunk of a prompt that decodes elsewhere begins now, and ends at `end_ns`."""
+        ...
+
     def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
         """Steps of decodes alone were run."""
         ...
@@ -56,8 +60,8 @@ class Instance:
 
     __slots__ = (
         "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_out", "_plan",
-        "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps", "busy_prompt_ps", "down",
-        "facts", "id", "kernel", "lives", "scheduler", "steps", "timer",
+        "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps", "busy_prompt_ps",
+        "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_tokens", "scheduler", "steps", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -77,7 +81,8 @@ class Instance:
         """All requests that are here."""
         self.busy_prompt_ps = self.busy_decode_ps = 0
         """Time in steps with prompt chunks and in steps of decodes alone, as of the last boundary that was counted."""
-        self.steps = 0
+        self.steps = self.prompt_tokens = self.decode_tokens = 0
+        """Steps run, prompt tokens computed and tokens given to decodes, as of that boundary."""
         self.down = False
         self.facts: InstanceFacts
         """What policies see of it; the cluster sets it."""
@@ -98,7 +103,7 @@ class Instance:
 
     def submit(self, live: Live) -> None:
         """A request comes now. Raises what Scheduler.add raises, and then nothing has changed."""
-        self.scheduler.add(live.request)
+        self.scheduler.add(live.request, live.generated)
         self.lives[live.request.id] = live
         self.changed()
 
@@ -130,6 +135,12 @@ class Instance:
         """Blocks that can be had at once, as of the last step boundary before now."""
         done = self._boundaries_before(self.kernel.now_ns) if self._steps > 1 else 0
         return self._cohort.free_after(done)
+
+    def spent(self) -> tuple[int, int, int, int]:
+        """Up to the last boundary before now: ps in steps with prompts, ps in steps of decodes, prompt tokens computed,
+        tokens given to decodes."""
+        self.sync(self.kernel.now_ns)
+        return self.busy_prompt_ps, self.busy_decode_ps, self.prompt_tokens, self.decode_tokens
 
     def interrupt(self, now_ns: int) -> None:
         """sync(), and let a leap end with the step under way: to be called before requests come or go by other ways."""
@@ -209,6 +220,8 @@ class Instance:
                 if live.scheduled_ns < 0:
                     live.scheduled_ns = now_ns
                     live.cached_tokens = context
+                if live.decode_instance >= 0:
+                    self._out.prompt_begins(self, live, new, -(-(self._begun_ps + duration) // PS_PER_NS))
             self._prompt_tokens = tokens
         elif decodes:
             first, slope, steps = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
@@ -245,6 +258,8 @@ class Instance:
             if plan.listed or plan.preempts:
                 self.steps += 1
                 self.busy_prompt_ps += self._first_ps
+                self.prompt_tokens += self._prompt_tokens
+                self.decode_tokens += plan.decodes
                 self._out.prompt_stepped(self, self._first_ps, self._prompt_tokens, plan.decodes)
             else:
                 self._count_leap(steps)
@@ -293,10 +308,12 @@ class Instance:
 
     def _count_leap(self, steps: int) -> None:
         first, slope = self._first_ps, self._slope_ps
-        self.steps += steps
-        self.busy_decode_ps += steps * first + slope * (steps * (steps - 1) // 2)
         plan = self._plan
-        self._out.stepped(self, first, slope, steps, plan.decodes if plan is not None else 0)
+        decodes = plan.decodes if plan is not None else 0
+        self.steps += steps
+        self.decode_tokens += steps * decodes
+        self.busy_decode_ps += steps * first + slope * (steps * (steps - 1) // 2)
+        self._out.stepped(self, first, slope, steps, decodes)
 
     def _cut(self) -> None:
         """End a leap at the first boundary that is not before now."""

@@ -36,17 +36,16 @@ class Kernel:
         self._order += 1
         heappush(self._heap, (time_ns, priority, self._order, call, argument))
 
-    def run(self, until_ns: int | None = None) -> None:
-        """Run events in order until none is left, or only ones after `until_ns`."""
+    def run(self, most: int | None = None) -> bool:
+        """Run events in order, at most `most` of them; True when some are left."""
         heap = self._heap
-        while heap:
-            if until_ns is not None and heap[0][0] > until_ns:
-                self.now_ns = until_ns
-                return
-            time_ns, _, _, call, argument = heappop(heap)
-            self.now_ns = time_ns
+        left = -1 if most is None else most
+        while heap and left:
+            self.now_ns, _, _, call, argument = heappop(heap)
+            left -= 1
             self.events += 1
             call(argument)
+        return bool(heap)
 
     def log(self, kind: int, subject: int, value: int) -> None:
         """Add a decision to the hash. Only what leaping and stepping have in common may be logged."""

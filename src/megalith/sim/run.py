@@ -1,0 +1,275 @@
+"""simulate(): run a scenario and say what came of it.
+
+Puts the cluster together from its parts, feeds it the workload and gathers the figures. Reads no wall clock; whoever
+wants progress or processor time passes a callback and measures around it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import nan
+
+from megalith.base.errors import ConfigError
+from megalith.base.units import NS_PER_S
+from megalith.cost.memory import kv_bytes_per_token
+from megalith.cost.profile import Profile
+from megalith.cost.timer import PS_PER_NS
+from megalith.cost.timer_phases import PhasePower
+from megalith.policy import registry
+from megalith.policy.cluster import InstanceId, Migrate
+from megalith.policy.facts import Request
+from megalith.sim.build import Builder
+from megalith.sim.cluster import Cluster
+from megalith.sim.instance import Instance
+from megalith.sim.kernel import Kernel
+from megalith.sim.live import Live
+from megalith.sim.migration import MigrationCounters, Migrations
+from megalith.sim.network import Network
+from megalith.sim.parties import KvShape
+from megalith.sim.record import Recorder
+from megalith.sim.record_figures import RecordFigures
+from megalith.sim.scenario import Scenario
+from megalith.sim.series import InstanceSample, Series
+from megalith.sim.transfer import HandoffCounters, Handoffs
+from megalith.specs.arrivals import ClosedLoop
+from megalith.specs.fleet import PoolSpec
+from megalith.specs.model import ModelSpec
+from megalith.specs.shape import RequestShape, prefix_hashes
+from megalith.specs.workload import open_workload, told_max_new_tokens
+
+EVENTS_A_SLICE = 20_000
+"""Events between two calls of `progress`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    ended: int
+    live: int
+    now_ns: int
+    events: int
+
+
+@dataclass(slots=True)
+class SimResult:
+    """What came of a run. Every figure in it is simulated."""
+
+    scenario: Scenario
+    figures: RecordFigures
+    series: Series
+    digest: str
+    """Hash of all decisions, token times included; the same for the same scenario on every machine."""
+    events: int
+    end_ns: int
+    requests: int
+    stopped_early: bool
+    prefix_hit_share: float
+    """Of the prompt tokens that were admitted; nan without a prefix cache."""
+    timing: dict[str, str]
+    """By pool: how its steps were timed."""
+    instances: dict[str, int]
+    """By pool: instances at the end."""
+    price_per_hour_usd: float | None
+    handoffs: HandoffCounters
+    migrations: MigrationCounters
+    notes: list[str] = field(default_factory=list)
+
+
+class Run:
+    """One run, step by step: make it, call `advance()` until it says False, then `result()`."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        builder: Builder | None = None,
+        recorder: Recorder | None = None,
+        stop: Callable[[Recorder, int], bool] | None = None,
+    ) -> None:
+        """`stop(recorder, ended)` may end the run early. Raises ConfigError or DoesNotFit on what cannot be run."""
+        self.scenario = scenario
+        self.builder = Builder(scenario) if builder is None else builder
+        self.recorder = Recorder(scenario.slo) if recorder is None else recorder
+        self.kernel = Kernel()
+        self._stop = stop
+        self._stopped = False
+        fleet = scenario.fleet
+        router = registry.router(fleet.router, scenario.seed)
+        controllers = [registry.controller(spec, scenario.seed + 1 + i) for i, spec in enumerate(fleet.controllers)]
+        self.cluster = Cluster(self.kernel, router, controllers, self.recorder, self._instance)
+        self._spent: dict[InstanceId, tuple[int, int, int, int]] = {}
+        unknown = PhasePower(nan, nan, nan)
+        self._powers = {name: kind.power or unknown for name, kind in self.builder.kinds.items()}
+        count = sum([pool.count for pool in fleet.pools])
+        sample_s = max(2.0, count / 2.0) if scenario.sample_s is None else scenario.sample_s
+        self._sample_ns = round(sample_s * NS_PER_S)
+        for pool in fleet.pools:
+            for _ in range(pool.count):
+                self.cluster.add_instance(pool)
+        self._connect()
+        self._feed()
+        self.cluster.start()
+        if fleet.heartbeat_s > 0:
+            self._beat(None)
+        if self._sample_ns:
+            self.kernel.at(self._sample_ns, self._sample)
+
+    def advance(self, events: int = EVENTS_A_SLICE) -> bool:
+        """Run some events; False when the run is over."""
+        enabled = gc.isenabled()
+        gc.disable()  # nothing in a run makes cycles, and looking for them takes a fifth of its time
+        try:
+            more = self.kernel.run(events)
+        finally:
+            if enabled:
+                gc.enable()
+        if more and self._stop is not None and self._stop(self.recorder, self.cluster.ended):
+            self._stopped = True
+        return more and not self._stopped
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.cluster.ended, len(self.cluster.live), self.kernel.now_ns, self.kernel.events)
+
+    def result(self) -> SimResult:
+        """What came of it."""
+        self.recorder.flush()
+        if self.cluster.live and not self._stopped:
+            raise RuntimeError(f"{len(self.cluster.live)} requests never ended")
+        cluster, kinds = self.cluster, self.builder.kinds
+        counters = [instance.scheduler.counters for instance in cluster.instances.values()]
+        queried = sum([counter.prefix_queried_tokens for counter in counters])
+        hit = sum([counter.prefix_hit_tokens for counter in counters])
+        pools = list(cluster.pools.values())
+        prices = [kinds[pool.name].price_per_hour_usd for pool in pools]
+        return SimResult(
+            scenario=self.scenario,
+            figures=self.recorder.figures(),
+            series=self.recorder.series,
+            digest=self.kernel.digest(),
+            events=self.kernel.events,
+            end_ns=self.kernel.now_ns,
+            requests=cluster.ended,
+            stopped_early=self._stopped,
+            prefix_hit_share=hit / queried if queried else float("nan"),
+            timing={name: kind.timing for name, kind in kinds.items()},
+            instances={pool.name: pools.count(pool) for pool in self.scenario.fleet.pools},
+            price_per_hour_usd=sum(price for price in prices if price is not None) if None not in prices else None,
+            handoffs=self.handoffs.counters,
+            migrations=self.migrations.counters,
+        )
+
+    # Parts
+
+    def _instance(self, instance_id: InstanceId, pool: PoolSpec, cluster: Cluster) -> Instance:
+        kind = self.builder.kinds[pool.name]
+        scheduler = self.builder.scheduler(pool)
+        return Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
+
+    def _connect(self) -> None:
+        fleet, spec = self.scenario.fleet, self.builder.spec
+        cluster = self.cluster
+        self.network = Network(self.kernel, fleet.link, lambda instance: cluster.pools[instance].name)
+        shape = KvShape(kv_bytes_per_token(spec, self.scenario.kv_format), spec.num_layers)
+        self.handoffs = Handoffs(cluster, self.network, fleet.handoff, shape)
+        cluster.handoffs = self.handoffs
+        self.migrations = cluster.migrations = Migrations(cluster, self.handoffs, fleet.migration)
+        cluster.executors[Migrate] = self.migrations
+
+    # Load
+
+    def _feed(self) -> None:
+        arrivals = self.scenario.workload.arrivals
+        shapes = open_workload(self.scenario.workload, self.scenario.seed)
+        if isinstance(arrivals, ClosedLoop):
+            lives = self._lives(shapes, closed=True)
+            think_ns = round(arrivals.think_s * NS_PER_S)
+            cluster = self.cluster
+
+            def again(_ended: Live | None) -> None:
+                live = next(lives, None)
+                if live is not None:
+                    at_ns = self.kernel.now_ns + (think_ns if _ended is not None else 0)
+                    due = Live(_at(live.request, at_ns), live.output_tokens)
+                    self.kernel.at(at_ns, cluster.arrive, due)
+
+            cluster.on_end = again
+            for _ in range(arrivals.clients):
+                again(None)
+        else:
+            self.cluster.feed(self._lives(shapes, closed=False))
+
+    def _lives(self, shapes: Iterator[RequestShape], closed: bool) -> Iterator[Live]:
+        workload, most = self.scenario.workload, self.builder.max_context
+        sizes = {pool.block_tokens for pool in self.scenario.fleet.pools if pool.prefix_cache}
+        if len(sizes) > 1:
+            raise ConfigError(f"Pools with a prefix cache have blocks of {sorted(sizes)} tokens.", "Give all the same.")
+        block_tokens = sizes.pop() if sizes else 0
+        for shape in shapes:
+            hashes: tuple[int, ...] = ()
+            if block_tokens and shape.prefix_ids:
+                hashes = prefix_hashes(shape, block_tokens, workload.prefix_block_tokens)
+            told = told_max_new_tokens(workload, shape, most)
+            at_ns = 0 if closed or shape.at_ns is None else shape.at_ns
+            request = Request(shape.index, at_ns, shape.input_tokens, told, shape.priority, hashes)
+            yield Live(request, min(shape.output_tokens, told))
+
+    # Clocks
+
+    def _beat(self, _argument: object) -> None:
+        cluster = self.cluster
+        cluster.view.take()
+        if cluster.busy:
+            self.kernel.at(self.kernel.now_ns + round(self.scenario.fleet.heartbeat_s * NS_PER_S), self._beat)
+
+    def _sample(self, _argument: object) -> None:
+        now_ns, period_ns = self.kernel.now_ns, self._sample_ns
+        rows = [self._row(instance, period_ns) for instance in self.cluster.instances.values()]
+        self.recorder.sample(now_ns, rows)
+        if self.cluster.busy:
+            self.kernel.at(now_ns + period_ns, self._sample)
+
+    def _row(self, instance: Instance, period_ns: int) -> InstanceSample:
+        prompt_ps, decode_ps, prompt_tokens, decode_tokens = instance.spent()
+        before = self._spent.get(instance.id, (0, 0, 0, 0))
+        self._spent[instance.id] = (prompt_ps, decode_ps, prompt_tokens, decode_tokens)
+        period_ps = period_ns * PS_PER_NS
+        prompt_share, decode_share = (prompt_ps - before[0]) / period_ps, (decode_ps - before[1]) / period_ps
+        facts, scheduler = self.cluster.facts[instance.id], instance.scheduler
+        pool = self.cluster.pools[instance.id]
+        idle_w, prompt_w, decode_w = self._powers[pool.name]
+        power_w = idle_w + prompt_share * (prompt_w - idle_w) + decode_share * (decode_w - idle_w)
+        return InstanceSample(
+            instance.id,
+            scheduler.num_running,
+            facts.waiting(),
+            1.0 - instance.free_blocks() / scheduler.kv.num_blocks,
+            (prompt_tokens - before[2]) * 1e9 / period_ns,
+            (decode_tokens - before[3]) * 1e9 / period_ns,
+            prompt_share + decode_share,
+            power_w * pool.tensor_parallel * pool.pipeline_parallel,
+        )
+
+
+def simulate(
+    scenario: Scenario,
+    spec: ModelSpec | None = None,
+    profiles: dict[str, Profile] | None = None,
+    recorder: Recorder | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> SimResult:
+    """Run a scenario to its end. `progress` is called every 20,000 events. Raises ConfigError and DoesNotFit."""
+    run = Run(scenario, Builder(scenario, spec, profiles), recorder)
+    while run.advance():
+        if progress is not None:
+            progress(run.progress)
+    return run.result()
+
+
+def _at(request: Request, arrival_ns: int) -> Request:
+    return Request(
+        request.id, arrival_ns, request.prompt_tokens, request.max_new_tokens, request.priority, request.prefix_hashes
+    )

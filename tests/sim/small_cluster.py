@@ -279,5 +279,9 @@ class SmallCluster:
                 assert instance.scheduler.kv.used_blocks == 0, f"instance {instance.id} leaks blocks"
                 assert not instance.scheduler._roster.sequences
         assert len(self.handoffs) == 0
+        assert not self.handoffs._waiting
+        assert not any(self.handoffs._waiting_on.values())
+        assert not any(self.handoffs._blocks_coming.values())
+        assert not self.migrations._busy
         assert len(self.migrations) == 0
         assert self.network.moving == 0

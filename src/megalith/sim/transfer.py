@@ -96,6 +96,9 @@ class Handoffs:
         """Hand-offs that wait, by prefill side."""
         self._blocks_coming: Counter[InstanceId] = Counter()
         self._serving: set[InstanceId] = set()
+        self._waiting: dict[RequestId, _Handoff] = {}
+        self._watching = False
+        self._max_wait_ns = round(spec.max_wait_s * NS_PER_S)
         self.counters = HandoffCounters()
 
     def __contains__(self, request_id: RequestId) -> bool:
@@ -243,8 +246,8 @@ class Handoffs:
         self.counters.waited += 1
         self._waiting_on[handoff.source] += 1
         self._queue(handoff.target).append(handoff)
-        until_ns = handoff.ready_ns + round(self._spec.max_wait_s * NS_PER_S)
-        self._host.kernel.at(max(until_ns, self._host.kernel.now_ns), self._overdue, handoff)
+        self._waiting[handoff.request.id] = handoff
+        self._watch()
 
     def _serve(self, instance: InstanceId) -> None:
         self._serving.discard(instance)
@@ -255,13 +258,30 @@ class Handoffs:
             if source is None or not self._accepts(handoff):
                 return
             queue.popleft()
-            self._waiting_on[handoff.source] -= 1
+            self._leave_queue(handoff)
             self._copy(handoff, source)
             self._queue(instance)
 
-    def _overdue(self, handoff: _Handoff) -> None:
-        if handoff.state == "queued":
-            self._resume(handoff)
+    def _leave_queue(self, handoff: _Handoff) -> None:
+        """Nobody waits any more; its entry in the queue is dropped when it is met."""
+        if self._waiting.pop(handoff.request.id, None) is not None:
+            self._waiting_on[handoff.source] -= 1
+
+    def _watch(self) -> None:
+        """Look for the end of somebody's wait when it comes, but soon enough not to keep an idle clock running."""
+        if self._waiting and not self._watching:
+            self._watching = True
+            now_ns = self._host.kernel.now_ns
+            first_ns = min([handoff.ready_ns for handoff in self._waiting.values()]) + self._max_wait_ns
+            self._host.kernel.at(max(now_ns, min(first_ns, now_ns + NS_PER_S)), self._overdue)
+
+    def _overdue(self, _: None) -> None:
+        self._watching = False
+        latest_ns = self._host.kernel.now_ns - self._max_wait_ns
+        for handoff in [handoff for handoff in self._waiting.values() if handoff.ready_ns <= latest_ns]:
+            if handoff.state == "queued":
+                self._resume(handoff)
+        self._watch()
 
     # Copy
 
@@ -322,8 +342,7 @@ class Handoffs:
 
     def _end(self, handoff: _Handoff) -> None:
         """Forget a hand-off; nothing of it is on the wire any more."""
-        if handoff.state == "queued":
-            self._waiting_on[handoff.source] -= 1
+        self._leave_queue(handoff)
         self._collect(handoff)
         handoff.state = "ended"
         del self._live[handoff.request.id]
@@ -369,8 +388,7 @@ class Handoffs:
                 self._resume(handoff)
             return
         handoff.target = other
-        if state == "queued":
-            self._waiting_on[handoff.source] -= 1
+        self._leave_queue(handoff)
         if state != "prompt":
             self._wait(handoff)
             self.room(other)

@@ -8,6 +8,7 @@ import pytest
 from megalith.base.errors import ConfigError, ModelNotFound
 from megalith.cost.parameters import active_parameters, count
 from megalith.specs import catalog
+from megalith.specs.workload_catalog import workloads
 
 # The figures as their makers print them, once more and independently of the catalogue's own field.
 PUBLISHED = {
@@ -156,11 +157,11 @@ def test_names_people_type(typed: str, found: str) -> None:
 
 
 def test_no_two_entries_claim_one_alias() -> None:
-    for entries in (catalog.models(), catalog.devices()):
+    for entries in (catalog.models(), catalog.devices(), workloads()):
         owner: dict[str, str] = {}
         for name, entry in entries.items():
             for label in (name, *entry.aliases):
-                key = catalog._canonical(label)
+                key = catalog.canonical(label)
                 assert owner.setdefault(key, name) == name, f"{label} is claimed by {owner[key]} and {name}"
 
 

@@ -118,6 +118,8 @@ class Recorder:
         self._exact_limit = exact_limit
         self._ends: list[Ended] = []
         self._steps: list[int] = []
+        self._late: list[int] = []
+        self._gaps: list[int] = []
 
     def finished(self, live: Ended) -> None:
         """A request ended, whatever the outcome. Its fields must not change any more."""
@@ -129,8 +131,7 @@ class Recorder:
     def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
         """Consecutive steps, step j of which took first_ps + j * slope_ps and gave each of `decodes` requests a token.
 
-        A request that waited through other steps since its last token got this one later than that: give such a step
-        by itself, with all the time since the last token.
+        The token before was given by the step before; see `late_step` for those that waited (sim/gaps.py).
         """
         buffer = self._steps
         buffer += (first_ps, slope_ps, steps, decodes, 0)
@@ -142,6 +143,17 @@ class Recorder:
         buffer = self._steps
         buffer += (duration_ps, 0, 1, decodes, prompt_tokens)
         if len(buffer) >= _STEP_WORDS:
+            self._flush_steps()
+
+    def late_step(self, duration_ps: int, prompt_tokens: int, decodes: int, waits: list[tuple[int, int]]) -> None:
+        """One step, before which some of its decodes had waited since their last token: (wait_ps, how many) each."""
+        self._late += (duration_ps, 0, 1, decodes, prompt_tokens)
+        on_time = decodes
+        for wait_ps, count in waits:
+            self._gaps += (wait_ps + duration_ps, count)
+            on_time -= count
+        self._gaps += (duration_ps, on_time)
+        if len(self._gaps) >= _STEP_WORDS:
             self._flush_steps()
 
     def sample(self, now_ns: int, rows: Sequence[InstanceSample]) -> None:
@@ -157,7 +169,7 @@ class Recorder:
         """Take in all that lies in the buffers."""
         if self._ends:
             self._flush_ends()
-        if self._steps:
+        if self._steps or self._late:
             self._flush_steps()
 
     def figures(self) -> RecordFigures:
@@ -227,6 +239,7 @@ class Recorder:
         totals.output_tokens += int(generated.sum())
         totals.cached_tokens += int(columns["cached_tokens"].sum())
         totals.transfers += int(moved.sum())
+        totals.decode_span_ns += int((finish - first).sum())
         self._count_tokens(first, finish, generated, prompts)
         if self.attainment is not None:
             good = self.attainment.add(Latencies(ttft, tpot, e2e), prompts, generated)
@@ -269,11 +282,23 @@ class Recorder:
         return samples
 
     def _flush_steps(self) -> None:
-        rows = np.array(self._steps, dtype=np.int64).reshape(-1, _STEP_FIELDS)
-        self._steps = []
-        first, slope, steps, decodes, prompt_tokens = np.ascontiguousarray(rows.T)
-        self.gaps_ps.add_progressions(first, slope, steps, decodes)
-        self.totals.step_figures.add(first, slope, steps, decodes, prompt_tokens)
+        figures = self.totals.step_figures
+        if self._steps:
+            first, slope, steps, decodes, prompts = _table(self._steps, _STEP_FIELDS)
+            self._steps = []
+            self.gaps_ps.add_progressions(first, slope, steps, decodes)
+            figures.add(first, slope, steps, decodes, prompts)
+        if self._late:
+            gaps, counts = _table(self._gaps, 2)
+            self.gaps_ps.add(gaps, counts)
+            figures.add(*_table(self._late, _STEP_FIELDS))
+            self._late, self._gaps = [], []
+
+
+def _table(flat: list[int], width: int) -> IntArray:
+    """Rows that lie one after another, as columns."""
+    table: IntArray = np.ascontiguousarray(np.array(flat, dtype=np.int64).reshape(-1, width).T)
+    return table
 
 
 def _columns(lives: Sequence[Ended]) -> dict[str, IntArray]:

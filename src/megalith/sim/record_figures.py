@@ -65,10 +65,12 @@ class Totals:
     rejected: int = 0
     failed: int = 0
     prompt_tokens: int = 0
-    """These four: of the requests that finished."""
+    """These five: of the requests that finished."""
     output_tokens: int = 0
     cached_tokens: int = 0
     transfers: int = 0
+    decode_span_ns: int = 0
+    """From the first to the last token."""
     preemptions: int = 0
     preempted_requests: int = 0
     migrations: int = 0
@@ -120,6 +122,8 @@ class RecordFigures(msgspec.Struct, frozen=True, kw_only=True):
     """ttft_ns, tpot_ns, itl_ns, e2e_ns, queue_ns, transfer_ns, normalized_ns (end to end per output token)."""
     by_priority: dict[str, dict[str, Distribution | None]]
     """ttft_ns, tpot_ns, e2e_ns by priority; empty when there was only one."""
+    paused_share: float
+    """Of the time from first to last tokens, that which is in no gap of itl_ns: preempted, or its KV under way."""
     run: Rates
     steady: Rates
     """Without the ramp and the drain."""
@@ -163,6 +167,9 @@ def describe_record(
             str(value): {name: found.describe() for name, found in classes[value].items()}
             for value in (sorted(classes) if len(classes) > 1 else ())
         },
+        paused_share=max(0.0, 1 - gaps_ps.total / (totals.decode_span_ns * _PS_PER_NS))
+        if totals.decode_span_ns
+        else 0.0,
         run=_whole_run(totals, timeline, slo),
         steady=_steady(totals, samples["e2e_ns"], timeline, slo),
         steps=step.steps,

@@ -163,6 +163,9 @@ def _notes(record: RecordFigures) -> list[str]:
     itl = record.latencies.get("itl_ns")
     if itl is not None:
         notes.append(f"Percentiles of ITL are within {itl.error:.2%}.")
+    if record.paused_share > 0.01:
+        pauses = "preempted or its KV under way; TPOT and E2E have it"
+        notes.append(f"ITL leaves out {record.paused_share:.1%} of the decoding time, when a request was {pauses}.")
     if record.steady.whole:
         notes.append("Too short to leave out ramp and drain: the steady rates are those of the whole run.")
     if record.failed:
@@ -242,7 +245,10 @@ def _slo_table(record: RecordFigures) -> Table:
         table.add(*(getattr(verdict, column.key) for column in columns))
     table.title = f"Service level {'kept' if slo.kept else 'NOT kept'}: {slo.attainment:.1%} of all requests are good"
     if slo.binding is not None:
-        left = "more requests were refused than it allows" if slo.margin is None else f"{slo.margin:.1%} of it left"
+        if slo.margin is None:
+            left = "more requests were refused than it allows"
+        else:
+            left = f"{abs(slo.margin):.1%} {'above the limit' if slo.margin < 0 else 'of the limit left'}"
         table.notes.append(f"binding: {slo.binding}, {left}")
     if len(slo.shares) > 1:
         each = ", ".join(f"{bound} {share:.1%}" for bound, share in slo.shares.items())

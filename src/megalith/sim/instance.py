@@ -142,6 +142,17 @@ class Instance:
         self.sync(self.kernel.now_ns)
         return self.busy_prompt_ps, self.busy_decode_ps, self.prompt_tokens, self.decode_tokens
 
+    def busy_ps(self, now_ns: int) -> tuple[int, int]:
+        """Up to now, the step under way included: ps in steps with prompts, ps in steps of decodes alone."""
+        plan, prompt_ps, decode_ps = self._plan, self.busy_prompt_ps, self.busy_decode_ps
+        if plan is not None:
+            under_way = max(0, min(now_ns * PS_PER_NS, self._end_ps) - self._begun_ps)
+            if plan.listed or plan.preempts:
+                prompt_ps += under_way
+            else:
+                decode_ps += under_way
+        return prompt_ps, decode_ps
+
     def interrupt(self, now_ns: int) -> None:
         """sync(), and let a leap end with the step under way: to be called before requests come or go by other ways."""
         self.sync(now_ns)

@@ -116,6 +116,12 @@ class PowerSpec(Config, kw_only=True):
     budget_w: float
     telemetry_s: float = 2.0
     actuation_s: float = 40.0
+    name: str = "row"
+    """What controllers call the domain."""
+    brake_s: float = 5.0
+    """How long an emergency brake lasts."""
+    other_w: float = 0.0
+    """What an instance draws beside its devices: host, fans, network. Its devices are about half of a server."""
 
 
 class FaultSpec(Config, kw_only=True):

@@ -47,7 +47,10 @@ class StepShape:
 
 
 class BatchPolicy(Protocol):
-    """Pure and stateless: the same facts give the same shape, in O(1)."""
+    """Pure and stateless: the same facts give the same shape, in O(1).
+
+    One that always gives the same may say so in an attribute `constant`; it is then not asked for every step.
+    """
 
     name: ClassVar[str]
 
@@ -66,11 +69,11 @@ class SplitFuse:
     name: ClassVar[str] = "splitfuse"
 
     def __init__(self, token_budget: int) -> None:
-        self._shape = StepShape(_checked(token_budget), mixed=True, split=True, admission=Admission.BUDGET)
+        self.constant = StepShape(_checked(token_budget), mixed=True, split=True, admission=Admission.BUDGET)
 
     def shape(self, facts: BatchFacts) -> StepShape:  # noqa: ARG002 - the same shape for every fact
         """Always mixed."""
-        return self._shape
+        return self.constant
 
 
 class PrefillFirst:
@@ -83,11 +86,11 @@ class PrefillFirst:
     name: ClassVar[str] = "prefill-first"
 
     def __init__(self, token_budget: int) -> None:
-        self._shape = StepShape(_checked(token_budget), mixed=False, split=False, admission=Admission.BUDGET)
+        self.constant = StepShape(_checked(token_budget), mixed=False, split=False, admission=Admission.BUDGET)
 
     def shape(self, facts: BatchFacts) -> StepShape:  # noqa: ARG002 - the same shape for every fact
         """Always prompts first."""
-        return self._shape
+        return self.constant
 
 
 class FirstCome:

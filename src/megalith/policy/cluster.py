@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import msgspec
+
 from megalith.policy.facts import Request, RequestId
 
 InstanceId: TypeAlias = int
@@ -128,8 +130,7 @@ class View(Protocol):
 # Commands
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True, gc=False):
     """The prompt runs on `instance`; so do the decodes, unless `decode_instance` says where."""
 
     request_id: RequestId

@@ -76,8 +76,11 @@ class Cohort:
 
     def leave(self, member: Sequence) -> None:
         """Let a member go, with its counts and its table settled."""
-        self.settle(member)
-        self._edges[member.edge % self._size] -= 1
+        size = self._size
+        behind = self.grown - member.edge
+        if behind >= 0:  # settle()
+            member.table.held += behind // size + 1
+        self._edges[member.edge % size] -= 1
         self.members.remove(member)
         if member.base == self._base_max:
             self._base_max = None
@@ -121,14 +124,15 @@ class Cohort:
 
     def advance(self, steps: int) -> bool:
         """`steps` steps ran. False when blocks were lacking."""
-        if self.grown < self.clock and not self.begin():
+        clock = self.clock
+        if self.grown < clock and not self.begin():
             return False
         if steps > 1:
-            needed = self._taken(self.clock, steps - 1)
+            needed = self._taken(clock, steps - 1)
             if needed and not self._kv.promise(needed):
                 return False
-        self.clock += steps
-        self.grown = self.clock - 1
+        self.clock = clock = clock + steps
+        self.grown = clock - 1
         self.context_sum += steps * len(self.members)
         return True
 
@@ -149,11 +153,26 @@ class Cohort:
             heappop(ends)
         return ends[0][0] if ends else None
 
+    def over(self) -> Sequence | None:
+        """A member that has all its tokens and is still here; None as it should be."""
+        ends, clock = self._ends, self.clock
+        while ends and ends[0][0] <= clock:
+            if self._is_live(ends[0]):
+                return ends[0][2]
+            heappop(ends)
+        return None
+
     def further_runs(self) -> int:
-        """How often the step that was begun may be repeated until a member has all its tokens or blocks run out."""
-        end = self.next_end()
-        if end is None:
-            return 0
+        """How often the step that was begun may be repeated until a member has all its tokens or blocks run out.
+
+        There must be members.
+        """
+        ends = self._ends
+        while True:
+            end, _, member = ends[0]
+            if member.cohort is self and member.end - 1 - member.base == end:
+                break
+            heappop(ends)
         runs = end - self.clock - 1
         cycles, left = divmod(self._kv.free_blocks, len(self.members))
         size, edges = self._size, self._edges

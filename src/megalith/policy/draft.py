@@ -35,15 +35,15 @@ class Draft:
         self.rows: list[Sequence] = []
         self.chunks: list[Chunk] = []
         """Parallel to rows: all that is listed one by one."""
-        self.preempts: list[Preempt] = []
-        self.resumes: list[Resume] = []
+        self.preempts: tuple[Preempt, ...] = ()
+        self.resumes: tuple[Resume, ...] = ()
         self._roster = roster
         self._shape = shape
         self._mode: PreemptMode = mode
         self._max_sequences = max_sequences
         self._left = shape.token_budget
         """Tokens of the budget not given away; below zero when one prompt alone exceeds it."""
-        self._expected: dict[int, Rank] = {}
+        self._expected: dict[int, Rank] | None = None
         """Hash of the block that a running prompt completes next -> rank of that prompt, the best for each hash."""
 
     def fill(self) -> bool:
@@ -52,11 +52,15 @@ class Draft:
         So it is when all running requests are in it, each decodes, and nothing is preempted or resumed. Blocks that
         enter the prefix cache, where they might let a waiting request in, come from prompts only.
         """
-        if self._shape.admission is not Admission.NONE:
+        shape = self._shape
+        if shape.admission is not Admission.NONE and self._roster.queue.items:
             self._make_room()
-        if self._shape.mixed:
+        if shape.mixed:
             self._add_decodes()
-        self._add_prompts()
+            if shape.split and not self._roster.prompts and not self.preempts:
+                self._add_plain_prompts()
+        if self._left > 0 and (self._roster.queue.items or len(self._roster.prompts) > len(self.rows)):
+            self._add_prompts()
         if not self._shape.mixed and not self.rows:
             self._add_decodes()
         return self.decodes > 0 and not (self.rows or self._roster.prompts or self.preempts or self.resumes)
@@ -68,7 +72,7 @@ class Draft:
         self._left -= new_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.preempts.append(self._roster.preempt(sequence, self._mode))
+        self.preempts += (self._roster.preempt(sequence, self._mode),)
 
     def _make_room(self) -> None:
         """A head of higher priority takes the place of running requests, last in rank first, if that lets it in.
@@ -128,6 +132,31 @@ class Draft:
                 return False
         return True
 
+    def _add_plain_prompts(self) -> None:
+        """The first of the queue while they are new and share nothing: what _add_prompts would do, in fewer words."""
+        roster, left = self._roster, self._left
+        kv, items, prompts = roster.kv, roster.queue.items, roster.prompts
+        seats = self._max_sequences - self.decodes
+        while left > 0 and items and len(prompts) < seats:
+            head = items[0]
+            if head.hashes or head.phase is not Phase.WAITING:
+                break
+            known = head.known_
+            # The watermark protects those who run; alone, a request may use everything.
+            reserve = kv.watermark_blocks if self.decodes or prompts else 0
+            table = kv.open_plain(head.request.id, known, reserve)
+            if table is None:
+                self._left = 0  # nobody overtakes it
+                return
+            items.popleft()
+            prompts.append(head)
+            roster.admitted(head, table)
+            new = known if known < left else left
+            left -= new
+            self.rows.append(head)
+            self.chunks.append(Chunk(head.request.id, new, 0, new == known))
+        self._left = left
+
     def _add_prompts(self) -> None:
         """Prompts (and whatever else is to be computed again) in rank order, running and queued ones merged."""
         queue, split = self._roster.queue, self._shape.split
@@ -172,7 +201,7 @@ class Draft:
         if isinstance(result, Short):
             return False
         if result.resume is not None:
-            self.resumes.append(result.resume)
+            self.resumes += (result.resume,)
         if head.hashes:
             self._expect(head)
         return True
@@ -180,6 +209,8 @@ class Draft:
     def _expect(self, sequence: Sequence) -> None:
         if sequence.table.sealed < len(sequence.hashes):
             block_hash = sequence.hashes[sequence.table.sealed]
+            if self._expected is None:
+                self._expected = {}
             self._expected[block_hash] = min(sequence.rank, self._expected.get(block_hash, sequence.rank))
 
     def _is_coming(self, head: Sequence) -> bool:

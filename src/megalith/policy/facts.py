@@ -83,14 +83,16 @@ class StepPlan:
         decodes: int = 0,
         decode_context_sum: int = 0,
         decoding: Callable[[], list[Chunk]] | None = None,
-        moves: tuple[tuple[Preempt, ...], tuple[Resume, ...]] = ((), ()),
         repeats: int = 0,
+        preempts: tuple[Preempt, ...] = (),
+        resumes: tuple[Resume, ...] = (),
     ) -> None:
         self.listed = listed
         self.decodes = decodes
         self.decode_context_sum = decode_context_sum
         """Tokens that the decodes have in the KV cache before the step, together."""
-        self.preempts, self.resumes = moves
+        self.preempts = preempts
+        self.resumes = resumes
         self.repeats = repeats
         self._decoding = decoding
         self._chunks: tuple[Chunk, ...] | None = None

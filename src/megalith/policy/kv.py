@@ -181,6 +181,19 @@ class KvAccount:
             raise ValueError(f"request {request_id} already holds blocks")
         return self._open(request_id, tokens, hashes, reserve)
 
+    def open_plain(self, request_id: RequestId, tokens: int, reserve: int = 0) -> BlockTable | None:
+        """open() for a sequence without hashes; None when there is no room. The caller knows that it is not here."""
+        count = -(-tokens // self.block_tokens)
+        lacking = self._promised + count - len(self._free)
+        if lacking + reserve > len(self._idle):
+            return None
+        if lacking > 0:
+            self._evict(lacking)
+        self._promised += count
+        table = BlockTable([], 0, count)
+        self._tables[request_id] = table
+        return table
+
     def grow(self, table: BlockTable) -> bool:
         """Append one open block to the table; False, with nothing changed, when none is left."""
         if not self.promise(1):
@@ -229,14 +242,13 @@ class KvAccount:
 
     def release(self, request_id: RequestId) -> None:
         """Drop the request's hold on its blocks, device and host. Sealed blocks stay cached until they are evicted."""
-        host = self._host_tables.pop(request_id, None)
-        if host is not None:
-            self._host_free.extend(reversed(host))
+        table = self._tables.pop(request_id, None)
+        if table is None:
+            self._host_free.extend(reversed(self._host_tables.pop(request_id)))
             return
+        self._promised -= table.held - len(table.blocks)
         references, hash_of, idle, free = self._references, self._hash_of, self._idle, self._free
         # Last block first: a tail without its head is useless, so it must be evicted earlier.
-        table = self._tables.pop(request_id)
-        self._promised -= table.held - len(table.blocks)
         for block in reversed(table.blocks):
             references[block] -= 1
             if references[block] == 0:

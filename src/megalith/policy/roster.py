@@ -12,7 +12,7 @@ from operator import attrgetter
 from megalith.policy.cohort import Cohort
 from megalith.policy.facts import Preempt, PreemptMode, RequestId, Resume
 from megalith.policy.kv import BlockTable, IntegrityError, KvAccount, Short, SwappedIn, SwappedOut
-from megalith.policy.sequence import Phase, RankQueue, Sequence
+from megalith.policy.sequence import NO_BLOCKS, Phase, RankQueue, Sequence
 
 _rank = attrgetter("rank")
 
@@ -140,20 +140,25 @@ class Roster:
             self.num_swapped -= 1
             resume = Resume(request_id, result.host_blocks, result.device_blocks)
         self.queue.discard(head)
-        head.phase = Phase.RUNNING
-        head.table = result.table
         head.base = max(head.base, result.hit_blocks * self.kv.block_tokens)
-        if head.cached is None:
-            head.cached = head.base
-            self.counters.admitted += 1
-            self.counters.prefix_queried_tokens += head.known_
-            self.counters.prefix_hit_tokens += head.cached
+        self.admitted(head, result.table)
         prompts = self.prompts
         if not prompts or prompts[-1].rank < head.rank:
             prompts.append(head)
         else:
             insort(prompts, head, key=_rank)
         return Admitted(resume)
+
+    def admitted(self, head: Sequence, table: BlockTable) -> None:
+        """The head runs, with this table; `base` is what it need not compute."""
+        head.phase = Phase.RUNNING
+        head.table = table
+        if head.cached is None:
+            head.cached = head.base
+            counters = self.counters
+            counters.admitted += 1
+            counters.prefix_queried_tokens += head.known_
+            counters.prefix_hit_tokens += head.base
 
     def seal_known(self, sequence: Sequence) -> None:
         """Seal the computed blocks of a running request whose hashes are known and that are not sealed yet."""
@@ -180,7 +185,7 @@ class Roster:
             sequence.base = 0
             self.counters.preempted_recompute += 1
             preempt = Preempt(request_id, "recompute")
-        sequence.table = BlockTable([], 0, 0)
+        sequence.table = NO_BLOCKS
         self.queue.push(sequence)
         return preempt
 

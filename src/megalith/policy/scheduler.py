@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
-from megalith.policy.batching import BatchFacts, BatchPolicy
+from megalith.policy.batching import BatchFacts, BatchPolicy, StepShape
 from megalith.policy.cohort import Cohort
 from megalith.policy.draft import Draft
 from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
@@ -31,6 +31,7 @@ from megalith.policy.roster import Counters, Roster
 from megalith.policy.sequence import Phase, Sequence
 
 _rank = attrgetter("rank")
+_NO_ROWS: list[Sequence] = []
 
 
 class Limits(Config, frozen=True):
@@ -73,6 +74,8 @@ class Scheduler:
         self.kv = kv
         self.limits = limits
         self._roster = Roster(kv)
+        self._cohort = self._roster.cohort
+        self._shape: StepShape | None = getattr(policy, "constant", None)
         self._plan: StepPlan | None = None
         self._rows: list[Sequence] = []
         """Parallel to the chunks of the plan."""
@@ -98,7 +101,7 @@ class Scheduler:
         if len(request.prefix_hashes) > request.prompt_tokens // self.kv.block_tokens:
             raise ValueError(f"request {request.id} has more prefix hashes than full blocks of prompt")
         self._check_fits(request)
-        if len(self._roster.queue) >= self.limits.max_waiting:
+        if len(self._roster.queue.items) >= self.limits.max_waiting:
             raise QueueFull(
                 f"{len(self._roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
                 "Try again shortly, or raise the limit.",
@@ -215,34 +218,29 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step. An empty one means that there is nothing to do until the next add() or commit()."""
-        roster = self._roster
-        cohort = roster.cohort
+        roster, cohort = self._roster, self._cohort
+        decodes = len(cohort.members)
         if self._in_flight:
             cohort.undo()
             self._settle_committed()
+            decodes = len(cohort.members)
         elif self._runs_left and not self._changed and cohort.begin():
-            return self._issue(self._decode_plan(self._runs_left - 1), [])
-        shape = self.policy.shape(BatchFacts(roster.num_running, len(roster.queue)))
-        decodes = len(cohort.members)
-        if not roster.prompts and not len(roster.queue) and not (shape.mixed and decodes > shape.token_budget):
+            return self._decode_plan(decodes, self._runs_left - 1)
+        queue = roster.queue.items
+        shape = self._shape or self.policy.shape(BatchFacts(roster.num_running, len(queue)))
+        if not roster.prompts and not queue and not (shape.mixed and decodes > shape.token_budget):
             if not decodes:
-                return self._issue(StepPlan(), [])
+                return self._issue(StepPlan(), _NO_ROWS)
             if cohort.begin():
-                return self._issue(self._decode_plan(cohort.further_runs()), [])
+                return self._decode_plan(decodes, cohort.further_runs())
         draft = Draft(roster, shape, self.limits.max_sequences, self.limits.preempt)
         if draft.fill():
             # Whoever waits now waits until one of these is done: free blocks only get fewer.
-            return self._issue(self._decode_plan(cohort.further_runs()), [])
-        return self._issue(
-            StepPlan(
-                tuple(draft.chunks),
-                draft.decodes,
-                cohort.context_sum if draft.decodes else 0,
-                cohort.chunks if draft.decodes else None,
-                (tuple(draft.preempts), tuple(draft.resumes)),
-            ),
-            draft.rows,
-        )
+            return self._decode_plan(draft.decodes, cohort.further_runs())
+        decodes = draft.decodes
+        context_sum, decoding = (cohort.context_sum, cohort.chunks) if decodes else (0, None)
+        plan = StepPlan(tuple(draft.chunks), decodes, context_sum, decoding, 0, draft.preempts, draft.resumes)
+        return self._issue(plan, draft.rows)
 
     def valid(self, plan: StepPlan) -> bool:
         """Whether `plan` may run (again) as it stands, one token further, without asking for a new one."""
@@ -267,26 +265,27 @@ class Scheduler:
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:
             raise ValueError(f"not the last plan, or {steps} runs of it where {self._runs_left} are left")
-        if steps == self._runs_left:
-            finished = frozenset(finished)
-            self._check_ends(plan, steps, finished)
-        roster = self._roster
+        roster, cohort = self._roster, self._cohort
         plan.close()
-        if plan.decodes and not roster.cohort.advance(steps):
+        if plan.decodes and not cohort.advance(steps):
             raise IntegrityError(f"{steps} runs of a plan with {plan.repeats} repeats took more blocks than there are")
         if plan.listed:
             self._advance_listed(plan)
         self._runs_left -= steps
         if self._committed and not under_way:
             self._settle_committed()
-        for request_id in sorted(finished) if finished else ():
-            sequence = roster.sequences.get(request_id)
-            if sequence is not None:
-                roster.remove(sequence)
-                roster.counters.finished += 1
-                self._changed = True
-                self._runs_left = 0
-        self._in_flight = under_way and roster.cohort.begin()
+        if finished:
+            for request_id in sorted(finished):
+                sequence = roster.sequences.get(request_id)
+                if sequence is not None:
+                    roster.remove(sequence)
+                    roster.counters.finished += 1
+            self._changed = True
+            self._runs_left = 0
+        over = cohort.over()
+        if over is not None:
+            raise ValueError(f"request {over.request.id} has all its tokens but is not among the finished ones")
+        self._in_flight = under_way and cohort.begin()
 
     # Reading
 
@@ -366,14 +365,19 @@ class Scheduler:
 
     # Inside
 
-    def _decode_plan(self, repeats: int) -> StepPlan:
-        cohort = self._roster.cohort
-        return StepPlan((), len(cohort.members), cohort.context_sum, cohort.chunks, ((), ()), repeats)
+    def _decode_plan(self, decodes: int, repeats: int) -> StepPlan:
+        cohort = self._cohort
+        self._plan = plan = StepPlan((), decodes, cohort.context_sum, cohort.chunks, repeats)
+        self._rows = _NO_ROWS
+        self._runs_left = repeats + 1
+        self._in_flight = True
+        self._changed = False
+        return plan
 
     def _issue(self, plan: StepPlan, rows: list[Sequence]) -> StepPlan:
         self._plan = plan
         self._rows = rows
-        self._runs_left = plan.repeats + 1
+        self._runs_left = 1
         self._in_flight = True
         self._changed = False
         return plan
@@ -385,7 +389,7 @@ class Scheduler:
             if row.phase is not Phase.RUNNING:
                 continue  # aborted while the step ran
             row.base += chunk.new_tokens
-            if row.table.sealed < len(row.hashes):
+            if row.hashes and row.table.sealed < len(row.hashes):
                 roster.seal_known(row)
             if chunk.samples:
                 row.known_ += 1
@@ -397,24 +401,10 @@ class Scheduler:
                 self._roster.sampled(sequence)
         self._committed.clear()
 
-    def _check_ends(self, plan: StepPlan, steps: int, gone: frozenset[RequestId]) -> None:
-        """Nobody with all its tokens may stay. O(ends) as members end in the order of the heap."""
-        for row, chunk in zip(self._rows, plan.listed, strict=True):
-            ends = chunk.samples and row.known_ + 1 >= row.end and row.phase is Phase.RUNNING
-            if ends and row.request.id not in gone:
-                raise _unfinished(row)
-        if plan.decodes:
-            cohort = self._roster.cohort
-            end = cohort.next_end()
-            if end is not None and end <= cohort.clock + steps:
-                for member in cohort.members:
-                    if member.known + steps >= member.end and member.request.id not in gone:
-                        raise _unfinished(member)
-
     def _check_fits(self, request: Request) -> None:
         # The last sampled token is never computed.
-        tokens = request.prompt_tokens + request.max_new_tokens - 1
-        needed, capacity = self.kv.blocks_for(tokens), self.kv.num_blocks
+        needed = -(-(request.prompt_tokens + request.max_new_tokens - 1) // self.kv.block_tokens)
+        capacity = self.kv.num_blocks
         if needed > capacity:
             room = capacity * self.kv.block_tokens
             raise PromptTooLong(
@@ -423,6 +413,3 @@ class Scheduler:
                 f"Prompt and new tokens together may be at most {room + 1}.",
             )
 
-
-def _unfinished(row: Sequence) -> ValueError:
-    return ValueError(f"request {row.request.id} has all its tokens but is not among the finished ones")

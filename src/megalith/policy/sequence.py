@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
+from collections import deque
 from collections.abc import Iterator
 from enum import Enum, auto
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 from megalith.policy.facts import Request
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
 Rank: TypeAlias = tuple[int, int, int]
 """(-priority, arrival, id): the smaller goes first, and nobody ties."""
+
+_rank = attrgetter("rank")
+NO_BLOCKS = BlockTable([], 0, 0)
+"""Of all that hold none. Never changed: a sequence gets a table of its own when it comes onto the device."""
 
 
 class Phase(Enum):
@@ -52,7 +58,7 @@ class Sequence:
         self.cached: int | None = None
         """Tokens that the prefix cache had at the first admission; None before it."""
         self.phase = Phase.WAITING
-        self.table = BlockTable([], 0, 0)
+        self.table = NO_BLOCKS
         self.hashes: list[int] | tuple[int, ...] = request.prefix_hashes
 
     @property
@@ -73,36 +79,38 @@ class Sequence:
 
 
 class RankQueue:
-    """Sequences in rank order. All calls are O(log n), amortised: who leaves from the middle is dropped later."""
+    """Sequences in rank order. O(1) at both ends, which is where nearly all of them come and go, else O(n)."""
+
+    __slots__ = ("items",)
 
     def __init__(self) -> None:
-        self._heap: list[tuple[Rank, Sequence]] = []
-        self._live: set[Rank] = set()
+        self.items: deque[Sequence] = deque()
+        """In rank order. Read it; change it by the calls below, or at its ends."""
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self.items)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All of them, in no particular order."""
-        return (sequence for rank, sequence in self._heap if rank in self._live)
+        """All of them, in rank order."""
+        return iter(self.items)
 
     def push(self, sequence: Sequence) -> None:
         """Put a sequence in; it must not be there."""
-        if len(self._heap) > 2 * len(self._live) + 16:
-            self._heap = [entry for entry in self._heap if entry[0] in self._live]
-            heapq.heapify(self._heap)
-        self._live.add(sequence.rank)
-        heapq.heappush(self._heap, (sequence.rank, sequence))
+        items = self.items
+        if not items or items[-1].rank < sequence.rank:
+            items.append(sequence)
+        elif sequence.rank < items[0].rank:
+            items.appendleft(sequence)
+        else:
+            insort(items, sequence, key=_rank)
 
     def head(self) -> Sequence | None:
         """The one that goes first."""
-        heap, live = self._heap, self._live
-        while heap and heap[0][0] not in live:
-            heapq.heappop(heap)
-        return heap[0][1] if heap else None
+        return self.items[0] if self.items else None
 
     def discard(self, sequence: Sequence) -> None:
         """Take a sequence out, from wherever it stands."""
-        self._live.discard(sequence.rank)
-        if self._heap and self._heap[0][1] is sequence:
-            heapq.heappop(self._heap)
+        if self.items[0] is sequence:
+            self.items.popleft()
+        else:
+            self.items.remove(sequence)

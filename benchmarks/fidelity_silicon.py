@@ -45,6 +45,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "calibration"
 PS_PER_MS = 1_000_000_000
 BLOCK_TOKENS = 16
+TOKENIZE_PS = 1_700_000
+"""Time of a prompt token in the server's front end, one request after the other: the `tokenizers` package with a BPE
+vocabulary of 8,000 on one core of an AMD EPYC (Zen 3), measured there; HTTP and chat templates are not counted."""
 MODELS = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
     "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
@@ -101,10 +104,10 @@ class InFlight:
     name: ClassVar[str] = "in-flight"
 
     def __init__(self, token_budget: int) -> None:
-        self._shape = StepShape(token_budget, mixed=True, split=False, admission=Admission.BUDGET)
+        self.constant = StepShape(token_budget, mixed=True, split=False, admission=Admission.BUDGET)
 
     def shape(self, facts: BatchFacts) -> StepShape:  # noqa: ARG002 - the same shape for every fact
-        return self._shape
+        return self.constant
 
 
 def engine_of(run: Run) -> Engine:
@@ -113,11 +116,11 @@ def engine_of(run: Run) -> Engine:
     InferenceMAX (README and benchmark scripts of 2025): vLLM with 8,192 batched tokens, asynchronous scheduling (host
     time hidden), 90 % of memory, FP8 KV on B200; TensorRT-LLM with 16,384 tokens, FP8 KV and, for 1,024 / 1,024 below
     eight devices, batch_wait_max_tokens_ratio 0.9 and batch_wait_timeout_iters 20.
-    NVIDIA's own runs: what aiconfigurator's generator sets (benchmark/trtllm.rule, vllm/cli_args.0.12.0.j2), else the
-    engines' defaults. TensorRT-LLM: at most concurrency + prompt + 1,500 tokens a step, no chunked context, 80 % of what
-    weights leave, overlap scheduler, FP8 KV beside FP8 weights. vLLM 0.12: 8,192 tokens, 90 % of memory, no asynchronous
-    scheduling, so 1 ms of host time a step (data/llmservingsim, other GPUs). SGLang: prompts first, 8,192 tokens, 0.87
-    of memory, overlap scheduler.
+    NVIDIA's own runs: the rules of aiconfigurator's generator (benchmark/trtllm.rule, benchmark/vllm.rule), else the
+    engines' defaults. TensorRT-LLM and vLLM: at most concurrency + prompt + 1,500 tokens a step. TensorRT-LLM: no
+    chunked context, 80 % of what weights leave, overlap scheduler, FP8 KV beside FP8 weights. vLLM 0.12: 90 % of memory
+    and no asynchronous scheduling, so 1 ms of host time a step (data/llmservingsim, other GPUs). SGLang: prompts first,
+    8,192 tokens, 0.87 of memory, overlap scheduler.
     """
     kv = "bf16" if run.number == "bf16" else "fp8"
     if run.inference_max:
@@ -128,9 +131,10 @@ def engine_of(run: Run) -> Engine:
         return Engine(InFlight(16_384), 0.9, 0, kv, True, wait_tokens, wait_steps)
     if run.backend == "sglang":
         return Engine(PrefillFirst(8_192), 0.87, 0, "bf16")
+    budget = run.concurrency + run.prompt_tokens + 1_500
     if run.backend == "vllm":
-        return Engine(SplitFuse(8_192), 0.9, 1_000_000, "bf16")
-    return Engine(InFlight(run.concurrency + run.prompt_tokens + 1_500), 0.8, 0, kv, True)
+        return Engine(SplitFuse(budget), 0.9, 1_000_000, "bf16")
+    return Engine(InFlight(budget), 0.8, 0, kv, True)
 
 
 def kv_tokens(run: Run, engine: Engine, spec: ModelSpec) -> int:
@@ -167,8 +171,9 @@ class ClosedLoop:
         self.scheduler, self.timer, self.engine = scheduler, timer, engine
         self.todo = deque(clients)
         self.by_id = {client.request.id: client for client in clients}
-        self.on_the_way: list[Client] = []
-        """Sent when a step ended: the engine has begun the next one before they arrive."""
+        self.on_the_way: deque[tuple[int, Client]] = deque()
+        """(when the tokenizer is done with it, request): the engine has begun its next step before that."""
+        self.tokenizer_ps = 0
         self.held: list[Client] = []
         self.waited = self.now_ps = self.clock = 0
         self.ends: list[tuple[int, int]] = []
@@ -177,14 +182,14 @@ class ClosedLoop:
         """Until every request is answered."""
         for _ in range(min(concurrency, len(self.todo))):
             self._send()
-        self._arrive()
         while True:
+            self._arrive()
             self._release()
             plan = self.scheduler.plan()
             if plan.empty:
                 if not self.on_the_way:
                     return
-                self._arrive()
+                self.now_ps = self.on_the_way[0][0]
                 continue
             for preempt in plan.preempts:
                 client = self.by_id[preempt.request_id]
@@ -210,7 +215,6 @@ class ClosedLoop:
                 if chunk.samples:
                     done += self._sampled(self.by_id[chunk.request_id])
             self.scheduler.complete(plan, [client.request.id for client in done], steps)
-            self._arrive()
             for client in done:
                 client.last_ps = self.now_ps
                 self._send()
@@ -219,11 +223,13 @@ class ClosedLoop:
         if self.todo:
             client = self.todo.popleft()
             client.sent_ps = self.now_ps
-            self.on_the_way.append(client)
+            begin_ps = max(self.now_ps, self.tokenizer_ps)
+            self.tokenizer_ps = begin_ps + client.request.prompt_tokens * TOKENIZE_PS
+            self.on_the_way.append((self.tokenizer_ps, client))
 
     def _arrive(self) -> None:
-        self.held += self.on_the_way
-        self.on_the_way.clear()
+        while self.on_the_way and self.on_the_way[0][0] <= self.now_ps:
+            self.held.append(self.on_the_way.popleft()[1])
 
     def _release(self) -> None:
         """Hand requests to the scheduler, unless the engine waits for more of them."""
@@ -299,8 +305,8 @@ def simulate(run: Run) -> tuple[float, float]:
 def published_runs(data: Path = DATA) -> list[Run]:
     """Every aggregated run of a model and device that have tables, in a number type that has them; no run twice."""
     columns = (
-        "id, model_path, system, backend, coalesce(backend_version, ''), coalesce(precision, ''), tp_size, concurrency, "
-        "isl, osl, measured is not null, silicon_ttft_ms, silicon_tpot_ms"
+        "id, model_path, system, backend, coalesce(backend_version, ''), coalesce(precision, ''), tp_size, "
+        "concurrency, isl, osl, measured is not null, silicon_ttft_ms, silicon_tpot_ms"
     )
     rows = duckdb.sql(
         f"select {columns} from '{data / 'silicon_e2e.parquet'}' where mode = 'agg' and concurrency is not null "
@@ -373,7 +379,8 @@ def main() -> None:
             print(
                 f"{run.device:9}{run.model:15}{run.backend:7}{run.precision:4} tp{run.tensor_parallel} "
                 f"{run.prompt_tokens:5}/{run.output_tokens:<5}c{run.concurrency:<4} TTFT {last.ttft_ms:9.1f} of "
-                f"{run.ttft_ms:9.1f} {last.ttft:+7.1%}  TPOT {last.tpot_ms:7.2f} of {run.tpot_ms:7.2f} {last.tpot:+7.1%}"
+                f"{run.ttft_ms:9.1f} {last.ttft:+7.1%}  "
+                f"TPOT {last.tpot_ms:7.2f} of {run.tpot_ms:7.2f} {last.tpot:+7.1%}"
             )
     groups: dict[str, list[Error]] = {}
     for error in errors:

@@ -4,9 +4,10 @@
 
 The measurements are NVIDIA's (aiconfigurator-core 0.12.0, Apache-2.0): one operator call on one GPU, vLLM kernels. A
 layer is qkv, attention, output, two all-reduces, gate and up, down, and four element-wise kernels: two norms, the
-rotary embedding with the write to the cache, the activation. FP8 products were measured with the kernel that quantises
-their input (2 to 3.4 us more than bf16 on the smallest shape), which engines fuse into norm and activation: there only
-the rotary kernel is added. Nothing is fitted to a run of a whole engine; silicon_e2e.parquet is never opened.
+rotary embedding with the write to the cache, the activation. Norms of q and k, where a model has them, are one more.
+FP8 products were measured with the kernel that quantises their input (2 to 3.4 us more than bf16 on the smallest
+shape), which engines fuse into norm and activation: there these are not added.
+Nothing is fitted to a run of a whole engine; silicon_e2e.parquet is never opened.
 """
 
 from __future__ import annotations
@@ -217,6 +218,8 @@ def rows_ms(ops: Operators, spec: ModelSpec, devices: int, number: str) -> tuple
     fused = dense == "fp8"  # measured with a kernel that quantises the input: engines fuse it into norm and activation
     if not fused:
         layer = layer + 2 * ops.element_wise(rows * hidden * 8.0)
+    if spec.qk_norm:
+        layer = layer + ops.element_wise(rows * (width + kv) * 4.0)
     if spec.num_experts:
         layer = layer + ops.gemm("bf16", spec.num_experts, hidden) + ops.experts(spec, devices, number, rows)
         layer = layer + ops.element_wise(rows * spec.num_experts * 4.0)
@@ -297,7 +300,7 @@ def _convex(values: Any, origin: float) -> Any:
 
 
 def _monotone(values: Any) -> Any:
-    """Never falling, and nowhere above `values`: a batch that runs slowly can be padded to a larger one that does not."""
+    """Never falling, and nowhere above `values`: a batch that runs slowly can be padded to a faster, larger one."""
     return np.minimum.accumulate(values[::-1])[::-1]
 
 

@@ -209,12 +209,12 @@ class Instance:
     # Steps
 
     def _begin(self) -> None:
+        if not self.lives:
+            self._rest()
+            return
         plan = self.scheduler.plan()
-        for preempt in plan.preempts:
-            live = self.lives[preempt.request_id]
-            self.left(live)
-            live.preemptions += 1
-            self._out.preempted(self, live)
+        if plan.preempts:
+            self._count_preempts(plan)
         self._plan = plan
         cohort = self._cohort
         decodes, listed = plan.decodes, plan.listed
@@ -223,7 +223,7 @@ class Instance:
             longest = cohort.context_max() if decodes else 0
             self._first_ps = duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
             self._slope_ps, self._steps = 0, 1
-            self._prompt_tokens = tokens = 0
+            tokens = 0
             lives, now_ns = self.lives, self.kernel.now_ns
             for request_id, new, context, _ in listed:
                 tokens += new
@@ -241,12 +241,22 @@ class Instance:
             duration = steps * first + slope * (steps * (steps - 1) // 2)
             self._prompt_tokens = 0
         else:
-            self._running, self._steps, self._plan = False, 0, None
-            self._out.idle(self)
+            self._rest()
             return
         self._end_ps = end_ps = self._begun_ps + duration
         self._version += 1
         self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END)
+
+    def _rest(self) -> None:
+        self._running, self._steps, self._plan = False, 0, None
+        self._out.idle(self)
+
+    def _count_preempts(self, plan: StepPlan) -> None:
+        for preempt in plan.preempts:
+            live = self.lives[preempt.request_id]
+            self.left(live)
+            live.preemptions += 1
+            self._out.preempted(self, live)
 
     def _end(self, version: int) -> None:
         """The step or leap is over: count it, let requests go, and begin the next."""

@@ -6,6 +6,7 @@ scheduling), so a run is the same on every machine.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable
 from hashlib import blake2b
@@ -61,7 +62,7 @@ class Kernel:
 
     def _flush(self) -> None:
         log = self._log
-        if log.itemsize != 8:
-            raise RuntimeError("an int64 has 8 bytes everywhere")
-        self._hash.update(b"".join([word.to_bytes(8, "little", signed=True) for word in log]))
+        if sys.byteorder == "big":
+            log.byteswap()
+        self._hash.update(log.tobytes())
         del log[:]

@@ -377,3 +377,12 @@ def test_bad_lengths(text: str) -> None:
 def test_a_bad_name_of_a_distribution_names_the_near_one() -> None:
     with pytest.raises(ConfigError, match="Did you mean lognormal"):
         parse_lengths("lognorm:7:1")
+
+
+def test_a_workload_that_ends_before_its_first_request(trace: TraceSource) -> None:
+    late = msgspec.structs.replace(DRAWN, duration_s=1e-6)
+    with pytest.raises(ConfigError, match="No request arrives"):
+        list(open_workload(late))
+    window = msgspec.structs.replace(trace, start_s=0.5)
+    with pytest.raises(ConfigError, match="Nothing is left"):
+        list(open_workload(WorkloadSpec(trace=window, duration_s=0.1)))

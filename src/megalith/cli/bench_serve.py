@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from megalith.serve.load_http import Endpoint
     from megalith.serve.load_report import LoadReport, Slo
     from megalith.serve.load_run import LoadRun, RequestRecord
-    from megalith.specs.shape import RequestShape
+    from megalith.specs.workload import WorkloadSpec
 
 _INTERRUPTED = 130
 _MAX_REQUESTS = 1_000_000
@@ -40,6 +39,7 @@ Examples:
   megalith bench serve --rate 4 --duration 60s --slo ttft=500ms,tpot=60ms
   megalith bench serve --trace azure_conv.csv.gz --speedup 0.2 --limit 300 \\
       --max-input 1024 --max-output 128 --plot load.png
+  megalith bench serve --workload azure-conv:rate=1,max_total=1024 --limit 300
   megalith bench serve --url http://127.0.0.1:9000/v1 --api chat --json""",
 )
 
@@ -74,8 +74,9 @@ class Traffic:
     """Gaps of the open loop."""
     concurrency: int | None = None
     """Closed loop: requests in flight. 8 when neither a rate nor a trace is given."""
-    trace: Path | None = None
-    """Replay a recorded trace: Azure CSV, Mooncake JSON lines, or columns at_s, input_tokens, output_tokens."""
+    trace: Annotated[str | None, Parameter(name=["--trace", "--workload"])] = None
+    """Replay a recorded trace (Azure CSV, Mooncake JSON lines, columns at_s, input_tokens, output_tokens), or draw a
+    workload: azure-conv:rate=2, poisson:rate=5,input=700,output=140."""
     speedup: float = 1.0
     """Replay a trace that many times faster."""
     requests: Annotated[int | None, Parameter(name=["--requests", "--limit"])] = None
@@ -191,17 +192,26 @@ def _check(traffic: Traffic, content: Content, results: Results) -> None:
         check_plot_path(results.plot)
 
 
-def _shapes(traffic: Traffic, content: Content) -> Iterator[RequestShape]:
-    from megalith.specs.workload import TraceSource, WorkloadSpec, open_workload
+def _workload(traffic: Traffic, content: Content) -> WorkloadSpec:
+    """What is to be sent, from --trace or from the flags."""
+    import msgspec
 
-    spec = WorkloadSpec(
-        trace=TraceSource(path=str(traffic.trace)) if traffic.trace else None,
-        speedup=traffic.speedup if traffic.trace else 1.0,
-        max_input_tokens=content.max_input,
-        max_output_tokens=content.max_output,
-        **({} if traffic.trace else _drawn(traffic, content)),
-    )
-    return open_workload(spec, traffic.seed)
+    from megalith.specs.arrivals import ClosedLoop
+    from megalith.specs.workload import WorkloadSpec
+    from megalith.specs.workload_text import parse_workload
+
+    if traffic.trace is None:
+        return WorkloadSpec(
+            max_input_tokens=content.max_input, max_output_tokens=content.max_output, **_drawn(traffic, content)
+        )
+    spec = parse_workload(traffic.trace)
+    if isinstance(spec.arrivals, ClosedLoop) and spec.arrivals.think_s:
+        raise ConfigError(
+            f"Clients that think for {spec.arrivals.think_s:g} s cannot be played here.", "Leave think out."
+        )
+    limits: dict[str, Any] = {"max_input_tokens": content.max_input, "max_output_tokens": content.max_output}
+    changes = {name: limit for name, limit in limits.items() if limit is not None}
+    return msgspec.structs.replace(spec, speedup=spec.speedup * traffic.speedup, **changes)
 
 
 def _drawn(traffic: Traffic, content: Content) -> dict[str, Any]:
@@ -221,15 +231,16 @@ async def _measure(endpoint: Endpoint, target: Target, traffic: Traffic, content
     """Run the load under a progress bar; the flag says whether Ctrl-C ended it."""
     from megalith.serve.load_run import LoadConfig, LoadRun, served_models
     from megalith.serve.load_workload import PromptMaker
+    from megalith.specs.workload import open_workload
 
     kind = content.prompts or ("text" if target.api == "chat" else "ids")
     prompts = PromptMaker(kind, traffic.seed, (1000, content.vocab), content.shared_tokens)
-    shapes = _shapes(traffic, content)
-    limit = traffic.requests or (None if traffic.duration else (_MAX_REQUESTS if traffic.trace else 100))
+    workload = _workload(traffic, content)
+    limit = traffic.requests or (None if traffic.duration else 100 if workload.endless else _MAX_REQUESTS)
     config = LoadConfig(
         model=target.model or (await served_models(endpoint))[0],
         api=target.api,
-        concurrency=traffic.concurrency or _CLIENTS,
+        concurrency=getattr(workload.arrivals, "clients", _CLIENTS),
         max_in_flight=traffic.max_in_flight,
         max_requests=limit or _MAX_REQUESTS,
         duration_s=parse_duration_ns(traffic.duration) / 1e9 if traffic.duration else None,
@@ -252,7 +263,7 @@ async def _measure(endpoint: Endpoint, target: Target, traffic: Traffic, content
         loop.add_signal_handler(signal.SIGINT, on_interrupt)
     shown = None if limit == _MAX_REQUESTS else limit
     with progress(f"load on {config.model}", total=shown, unit="requests") as advance:
-        await run.run(shapes, lambda _: advance(1))
+        await run.run(open_workload(workload, traffic.seed), lambda _: advance(1))
     return run, interrupted
 
 

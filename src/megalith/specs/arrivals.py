@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from megalith.base.config import Config
@@ -136,6 +137,14 @@ def arrival_times(arrivals: OpenArrivals, seed: int, chunk: int = 1024) -> Itera
         times = arrivals.times_ns(seed, first, chunk, after_ns).tolist()
         yield from times
         first, after_ns = first + chunk, times[-1]
+
+
+def arrivals_at(arrivals: OpenArrivals, rate_per_s: float) -> OpenArrivals:
+    """The same process at another rate, with the same CV: bursts keep their requests, so on/off periods scale too."""
+    if isinstance(arrivals, OnOffArrivals):
+        factor = arrivals.rate_per_s / rate_per_s if rate_per_s > 0 else 1.0
+        return OnOffArrivals(rate_per_s=rate_per_s, on_s=arrivals.on_s * factor, off_s=arrivals.off_s * factor)
+    return msgspec.structs.replace(arrivals, rate_per_s=rate_per_s)
 
 
 def _require_rate(rate_per_s: float) -> None:

@@ -31,6 +31,7 @@ _INPUT, _OUTPUT, _ARRIVAL, _PRIORITY = 1, 2, 3, 6
 """Numbers of the random streams under a seed; the load generator's texts use 4 and 5, conversations 7 to 9."""
 _CHUNK = 2048
 _MAX_MISSES = 1_000_000
+_LONGER = "Raise duration_s or the rate."
 
 Pairs: TypeAlias = Callable[[int, int], tuple[Ints, Ints]]
 
@@ -202,16 +203,16 @@ def _replayed(spec: WorkloadSpec, source: TraceSource, seed: int) -> Iterator[Re
         if at_ns is not None:
             at_ns = at_ns if speedup == 1 else round(at_ns / speedup)
             if end_ns is not None and at_ns >= end_ns:
-                return
+                break
         if share and uniform(priority_seed, index) < share:
             priority = 1
         yield RequestShape(index, at_ns, min(prompt, most_input), min(answer, most_output), ids, priority)
         index += 1
         if index == spec.requests:
-            return
+            break
     if not index:
         what = f"Nothing is left of the trace {source.path}: {seen} requests in its window, none within the limits."
-        raise ConfigError(what, "Widen the window or raise max_total_tokens.")
+        raise ConfigError(what, "Widen the window, or raise max_total_tokens or duration_s.")
 
 
 def _times(spec: WorkloadSpec, seed: int) -> Iterator[int | None] | None:
@@ -251,6 +252,9 @@ def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape
         # Where the times end, so does the workload.
         yield from map(RequestShape, range(index, index + len(prompts)), at_ns, prompts, answers, ids, priorities)
         if times.ended:
+            if not index and not at_ns:
+                what = "No request arrives before the workload ends"
+                raise ConfigError(f"{what} ({spec.duration_s:g} s)." if spec.duration_s else f"{what}.", _LONGER)
             return
         index += len(prompts)
 

@@ -21,6 +21,7 @@ import msgspec
 from megalith.base.config import convert
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S, parse_duration_ns
+from megalith.specs.arrivals import ClosedLoop, arrivals_at
 from megalith.specs.lengths import parse_lengths
 from megalith.specs.trace import KNOWN, TraceColumns
 from megalith.specs.workload import WorkloadSpec
@@ -129,6 +130,8 @@ def _changed(spec: WorkloadSpec, options: Options) -> dict[str, Any]:
         if fields["arrivals"]["kind"] == "closed":
             fields["conversations"] = None
     elif spec.arrivals is not None:
+        if "rate" in options and not isinstance(spec.arrivals, ClosedLoop):
+            fields["arrivals"] = msgspec.to_builtins(arrivals_at(spec.arrivals, _value("rate", options.pop("rate"))))
         known = {key: name for key, name in _ARRIVAL_KEYS.items() if name in fields["arrivals"]}
         fields["arrivals"] |= _taken(options, known)
     for key, names in (("conversations", _TALK_KEYS), ("trace", _TRACE_KEYS)):

@@ -239,24 +239,32 @@ class SmallCluster:
                 instance.scheduler.abort(request_id)
                 instance.wake(self.kernel.now_ns)
 
-    def kill(self, number: InstanceId) -> None:
-        """The instance dies; its requests go to the first that is up, or are lost."""
-        instance = self.find(number)
-        if instance is None:
-            return
+    def fail(self, number: InstanceId) -> list[RequestId]:
+        """The instance stops; the requests that were there are returned."""
+        instance = self.instances[number]
         instance.up = False
         instance.plan = None
         instance.calls.clear()
+        return [request_id for request_id, job in self.jobs.items() if job.instance == number and not job.ended]
+
+    def restore(self, number: InstanceId) -> None:
+        """It is back, with an empty cache."""
+        self.instances[number] = SmallInstance(self, number, self.instances[number].scheduler.kv.num_blocks)
+
+    def kill(self, number: InstanceId) -> None:
+        """The instance dies; its requests go to the first that is up, or are lost."""
+        if self.find(number) is None:
+            return
+        lost = self.fail(number)
         self.handoffs.down(number)
         self.migrations.down(number)
-        for job in self.jobs.values():
-            if job.instance == number and not job.ended:
-                up = [other for other in self.instances.values() if other.up]
-                if up:
-                    job.instance = up[0].id
-                    up[0].submit(job)
-                else:
-                    job.ended = "lost"
+        up = [other for other in self.instances.values() if other.up]
+        for job in [self.jobs[request_id] for request_id in lost]:
+            if up:
+                job.instance = up[0].id
+                up[0].submit(job)
+            else:
+                job.ended = "lost"
 
     def until(self, time_ns: int) -> None:
         """Run all events up to this time."""

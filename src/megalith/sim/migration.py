@@ -97,6 +97,10 @@ class Migrations:
     def __len__(self) -> int:
         return len(self._live)
 
+    def busy(self, instance: InstanceId) -> bool:
+        """Whether the instance takes part in one, as source or target."""
+        return instance in self._busy
+
     # What the cluster tells
 
     def carry_out(self, command: Command) -> str | None:

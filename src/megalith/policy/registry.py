@@ -1,12 +1,14 @@
 """Cluster policies by name: what a FleetSpec says becomes an object, with strict options.
 
 Knows every router and controller that ships. A name or option that does not exist is a ConfigError with the nearest
-one that does. Anybody's own policy needs no entry here: whoever runs a cluster also takes objects.
+one that does. Anybody's own policy needs no entry here: `module:Class` is imported from where Python finds modules. Its
+class is called with (options, seed); `options` is the class's own `Options`, a Config, or an empty one.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -98,6 +100,8 @@ ROUTERS: dict[str, Entry[Router]] = {
     ),
 }
 
+_PARTS = {"router": ("name", "route"), "controller": ("name", "listens", "period_ns", "act")}
+
 CONTROLLERS: dict[str, Entry[Controller]] = {
     "rebalance": Entry(
         freeness.Rebalance,
@@ -159,7 +163,7 @@ def describe() -> list[Description]:
 def _make(
     spec: PolicySpec, seed: int, kind: str, known: Mapping[str, Entry[PolicyT]], others: Mapping[str, Entry[Any]]
 ) -> PolicyT:
-    entry = known.get(spec.name)
+    entry = _own(spec.name, kind) if ":" in spec.name else known.get(spec.name)
     if entry is None:
         if spec.name in others:
             other = "controller" if kind == "router" else "router"
@@ -174,7 +178,29 @@ def _make(
             f"Did you mean `{near[0]}`? The {kind}s are: {', '.join(known)}." if near else "",
         )
     options = convert(spec.options, entry.options, f"Options of the {kind} {spec.name}")
-    return entry.make(options, seed)
+    policy = entry.make(options, seed)
+    missing = [attribute for attribute in _PARTS[kind] if not hasattr(policy, attribute)]
+    if missing:
+        raise ConfigError(
+            f"{spec.name} is no {kind}: it has no {', '.join(missing)}.",
+            "See docs/guides/policies.md for what a policy has.",
+        )
+    return policy
+
+
+def _own(name: str, kind: str) -> Entry[Any]:
+    """A policy of somebody's own, by module and class."""
+    module_name, _, class_name = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"The {kind} {name} cannot be imported: {error}.",
+            "Name it module:Class, with the folder of the module in PYTHONPATH.",
+        ) from None
+    except AttributeError:
+        raise ConfigError(f"The module {module_name} has no {class_name}.", "Name a class of it.") from None
+    return Entry(made, getattr(made, "Options", Config), "", name)
 
 
 def _description(name: str, kind: str, entry: Entry[Any]) -> Description:

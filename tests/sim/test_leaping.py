@@ -45,6 +45,7 @@ class Ledger:
     decode_tokens: int = 0
     decode_ps: int = 0
     prompts: list[tuple[int, int, int]] = field(default_factory=list)
+    waits: list[tuple[int, int]] = field(default_factory=list)
 
     def finished(self, live: Live) -> None:
         self.ended.append(
@@ -58,6 +59,14 @@ class Ledger:
 
     def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
         self.prompts.append((duration_ps, prompt_tokens, decodes))
+
+    def late_step(self, duration_ps: int, prompt_tokens: int, decodes: int, waits: list[tuple[int, int]]) -> None:
+        assert 0 < sum(count for _, count in waits) <= decodes
+        self.waits.extend(waits)
+        if prompt_tokens:
+            self.prompt_step(duration_ps, prompt_tokens, decodes)
+        else:
+            self.steps(duration_ps, 0, 1, decodes)
 
 
 class Watcher:
@@ -103,7 +112,8 @@ def run(setting: Setting, work: list[tuple[Request, int]], leap: bool) -> tuple[
         assert instance.scheduler.kv.free_blocks == setting.blocks
     counters = [instance.scheduler.counters for instance in cluster.instances.values()]
     steps = [(instance.steps, instance.busy_decode_ps) for instance in cluster.instances.values()]
-    return (sorted(ledger.ended), ledger.decode_tokens, ledger.decode_ps, ledger.prompts, counters, steps,
+    return (sorted(ledger.ended), ledger.decode_tokens, ledger.decode_ps, ledger.prompts,
+            sorted(ledger.waits), counters, steps,
             watcher.seen, kernel.digest()), kernel.events  # fmt: skip
 
 

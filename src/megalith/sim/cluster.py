@@ -26,6 +26,8 @@ from megalith.policy.cluster import (
     SetRole,
 )
 from megalith.policy.facts import Request, RequestId
+from megalith.policy.scheduler import Scheduler
+from megalith.sim.gaps import GapMeter, StepSink
 from megalith.sim.instance import Instance
 from megalith.sim.kernel import Kernel
 from megalith.sim.live import NEVER, Live, Outcome
@@ -39,19 +41,11 @@ ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
 """Kinds of entries in the log of decisions."""
 
 
-class Sink(Protocol):
+class Sink(StepSink, Protocol):
     """Where a run is recorded (sim/record.py)."""
 
     def finished(self, live: Live) -> None:
         """A request ended."""
-        ...
-
-    def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
-        """Steps of decodes."""
-        ...
-
-    def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
-        """A step with prompt chunks."""
         ...
 
 
@@ -92,6 +86,8 @@ class Cluster:
         """Told of every request that ends, such as a closed loop of clients."""
         self._make = make
         self._next_id = 0
+        self._gaps: dict[Scheduler, GapMeter] = {}
+        """By scheduler, because an instance that failed comes back with a new one."""
         self._commanding = router if isinstance(router, Commanding) else None
         both = [router] if hasattr(router, "act") else []
         self.controllers: list[Controller] = [*both, *controllers]  # type: ignore[list-item]
@@ -120,6 +116,7 @@ class Cluster:
         if self.instances[instance_id].lives:
             raise RuntimeError(f"instance {instance_id} still has {len(self.instances[instance_id].lives)} requests")
         self.view.remove(instance_id)
+        self._gaps.pop(self.instances[instance_id].scheduler, None)
         del self.instances[instance_id], self.pools[instance_id], self.facts[instance_id]
 
     # Requests
@@ -259,13 +256,20 @@ class Cluster:
         if self.handoffs is not None:
             self.handoffs.prompt_step(live.request.id, new_tokens, self.kernel.now_ns, end_ns)
 
-    def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:  # noqa: ARG002
+    def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
         """See Outlet."""
-        self.sink.steps(first_ps, slope_ps, steps, decodes)
+        gaps = self._gaps.get(instance.scheduler)
+        (self.sink if gaps is None else gaps).steps(first_ps, slope_ps, steps, decodes)
 
-    def prompt_stepped(self, instance: Instance, duration_ps: int, prompt_tokens: int, decodes: int) -> None:  # noqa: ARG002
+    def prompt_stepped(self, instance: Instance, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
         """See Outlet."""
-        self.sink.prompt_step(duration_ps, prompt_tokens, decodes)
+        gaps = self._gaps.get(instance.scheduler)
+        if gaps is None:
+            if not instance.stalled:
+                self.sink.prompt_step(duration_ps, prompt_tokens, decodes)
+                return
+            gaps = self._gaps[instance.scheduler] = GapMeter(self.sink)
+        gaps.prompt_step(duration_ps, prompt_tokens, decodes, instance.stalled)
 
     # What movers tell (Host)
 

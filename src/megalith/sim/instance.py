@@ -61,7 +61,8 @@ class Instance:
     __slots__ = (
         "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_out", "_plan",
         "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps", "busy_prompt_ps",
-        "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_tokens", "scheduler", "steps", "timer",
+        "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_tokens", "scheduler", "stalled", "steps",
+        "timer",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +84,8 @@ class Instance:
         """Time in steps with prompt chunks and in steps of decodes alone, as of the last boundary that was counted."""
         self.steps = self.prompt_tokens = self.decode_tokens = 0
         """Steps run, prompt tokens computed and tokens given to decodes, as of that boundary."""
+        self.stalled = 0
+        """Requests that decode here and get no token from the step with prompts that is under way or just over."""
         self.down = False
         self.facts: InstanceFacts
         """What policies see of it; the cluster sets it."""
@@ -115,7 +118,7 @@ class Instance:
                 self._version += 1
                 self._plan = None
                 self._begun_ps = self.kernel.now_ns * PS_PER_NS
-                self.kernel.at(self.kernel.now_ns, self._end, self._version, STEP_END)
+                self.kernel.at(self.kernel.now_ns, self._end, self._version, STEP_END + self.id)
         elif self._steps > 1:
             self._cut()
 
@@ -223,6 +226,7 @@ class Instance:
             longest = cohort.context_max() if decodes else 0
             self._first_ps = duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
             self._slope_ps, self._steps = 0, 1
+            self.stalled = 0 if decodes else len(cohort.members)
             tokens = 0
             lives, now_ns = self.lives, self.kernel.now_ns
             for request_id, new, context, _ in listed:
@@ -245,7 +249,7 @@ class Instance:
             return
         self._end_ps = end_ps = self._begun_ps + duration
         self._version += 1
-        self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END)
+        self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END + self.id)
 
     def _rest(self) -> None:
         self._running, self._steps, self._plan = False, 0, None
@@ -344,7 +348,7 @@ class Instance:
             duration = steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
             self._end_ps = end_ps = self._begun_ps + duration
             self._version += 1
-            self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END)
+            self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END + self.id)
 
     def _boundaries_before(self, now_ns: int) -> int:
         """Steps of the leap that are over before `now_ns`: the largest k < steps with

@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
@@ -86,7 +87,7 @@ def read_run(data: Path, name: str) -> VllmRun:
     folder = data / "vllm_measured" / name
     meta = json.loads((folder / "meta.json").read_text())
     engine = meta["engine_kwargs"]
-    if engine["data_parallel_size"] != 1:
+    if engine.get("data_parallel_size", 1) != 1:
         raise ConfigError(f"{name} is data parallel over {engine['data_parallel_size']} engines in lockstep.")
     with (folder / "requests.csv").open(newline="") as lines:
         requests = tuple(
@@ -104,17 +105,30 @@ def read_run(data: Path, name: str) -> VllmRun:
     link = None
     if engine["tensor_parallel_size"] > 1:
         cluster = json.loads((folder / "llmservingsim_cluster_config.json").read_text())
-        link = LinkSpec(bytes_per_s=cluster["link_bw"] * 1e9, latency_s=cluster["link_latency"] * 1e-9)
+        bandwidth, latency = (_first(cluster[key]) for key in ("link_bw", "link_latency"))
+        link = LinkSpec(bytes_per_s=bandwidth * 1e9, latency_s=latency * 1e-9)
     return VllmRun(
-        name, requests, _model(name), engine["tensor_parallel_size"], engine["max_num_seqs"],
-        engine["max_num_batched_tokens"], block_tokens, recorded - 1 if recorded else enough, link,
-        data / "kernel_profiles" / name,
-    )  # fmt: skip
+        name=name,
+        requests=requests,
+        model=_model(meta.get("model") or name.partition("_")[2]),
+        tensor_parallel=engine["tensor_parallel_size"],
+        max_sequences=engine["max_num_seqs"],
+        token_budget=engine["max_num_batched_tokens"],
+        block_tokens=block_tokens,
+        kv_blocks=recorded - 1 if recorded else enough,
+        link=link,
+        profile=data / "kernel_profiles" / name,
+    )
+
+
+def _first(value: Any) -> float:
+    """A figure of LLMServingSim's network: one for all dimensions, or one for each; the first joins the ranks."""
+    return float(value[0] if isinstance(value, list) else value)
 
 
 def _model(name: str) -> ModelSpec:
-    """`<gpu>_<model>` -> the catalogue's model of that name, or of a shorter one when it has a suffix."""
-    wanted = name.partition("_")[2].lower()
+    """The catalogue's model of that name, without the maker, or of a shorter one when it has a suffix."""
+    wanted = name.rpartition("/")[2].lower()
     while catalog.find_model(wanted) is None and "-" in wanted:
         wanted = wanted.rpartition("-")[0]
     return catalog.model(wanted)

@@ -194,6 +194,23 @@ def test_tensor_parallel_pays_two_rings_a_layer(tmp_path: Path) -> None:
         KernelTable(profile, MODEL, 2)
 
 
+def test_a_straggler_takes_its_factor_and_keeps_exact_lines(table: KernelTable) -> None:
+    slow = table.scaled(2.0)
+    for prompts, batch in (((), (8, 2_400, 900)), ([Prompt(64, 16, True)], (3, 300, 200))):
+        assert slow.step_ps(prompts, *batch) == pytest.approx(2 * table.step_ps(prompts, *batch), rel=1e-9)
+    assert slow.scaled(0.5).step_ps((), 8, 2_400, 900) == table.step_ps((), 8, 2_400, 900)
+    _holds(slow.at_clock(0.7), (9, 4_000, 1_200), [0.3, 0.6])
+
+
+def test_a_lower_clock_slows_prompts_more_than_decodes(table: KernelTable) -> None:
+    low = table.at_clock(0.5)
+    decode = low.step_ps((), 2, 300, 200) / table.step_ps((), 2, 300, 200)
+    prompt = low.step_ps([Prompt(256, 0, True)], 0, 0, 0) / table.step_ps([Prompt(256, 0, True)], 0, 0, 0)
+    assert 1.1 < decode < 1.4 < 1.9 < prompt < 2.0
+    assert low.at_clock(1.0).step_ps((), 2, 300, 200) == table.step_ps((), 2, 300, 200)
+    assert low.power_w().idle_w != low.power_w().idle_w  # nan: the tables know no watts
+
+
 def test_what_is_missing_or_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tables at all"):
         read_profile(tmp_path)

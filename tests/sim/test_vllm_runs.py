@@ -149,4 +149,4 @@ def test_runs_that_are_not_replayed_say_why(vllm: ModuleType, tmp_path: Path) ->
     (folder / "meta.json").write_text('{"engine_kwargs": {"data_parallel_size": 2}}')
     with pytest.raises(ConfigError, match="data parallel over 2"):
         vllm.read_run(tmp_path, folder.name)
-    assert vllm._model("GPU_Qwen3-32B-Instruct-2507") == catalog.model("qwen3-32b")
+    assert vllm._model("Qwen/Qwen3-32B-Instruct-2507") == catalog.model("qwen3-32b")

@@ -71,14 +71,14 @@ class SkewFit:
 
     def share(self, chunk: int, decodes: int, rate: int, longest: int, context: int) -> int:
         """alpha in ten-thousandths. It changes with the longest context in steps of _LONGEST_STEP."""
-        key = (chunk, decodes, rate, longest // _LONGEST_STEP, context)
+        ends = _ceiling(self._chunks, chunk), _ceiling(self._contexts, context if chunk else 0)
+        key = (*ends, decodes, rate, longest // _LONGEST_STEP)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._share(*key)
         return known
 
-    def _share(self, chunk: int, decodes: int, rate: int, step: int, context: int) -> int:
-        chunk, context = _ceiling(self._chunks, chunk), _ceiling(self._contexts, context if chunk else 0)
+    def _share(self, chunk: int, context: int, decodes: int, rate: int, step: int) -> int:
         few, many, along_decodes = _bracket(self._decodes, min(decodes, self._decodes[-1]))
         middle = step * _LONGEST_STEP + _LONGEST_STEP // 2
         short, long, along_longest = _bracket(self._longest, min(middle, self._longest[-1]))
@@ -117,9 +117,13 @@ class _DecodeRow(NamedTuple):
 class Attention:
     """Attention of all layers, for a batch of decodes and for a batch with prompt chunks."""
 
-    def __init__(self, profile: KernelProfile, num_layers: int) -> None:
-        """Raises ConfigError when the grid lacks decodes alone or no number of decodes stands beside every chunk."""
+    def __init__(self, profile: KernelProfile, num_layers: int, scales: tuple[float, float] = (1.0, 1.0)) -> None:
+        """`scales` multiply the times of decodes alone and of steps with prompts.
+
+        Raises ConfigError when the grid lacks decodes alone or no number of decodes stands beside every chunk.
+        """
         self._layers = num_layers
+        self._alone_scale, self._mixed_scale = scales
         self._skew = SkewFit(profile)
         self._grid = profile.attention
         self._chunks = sorted({chunk for chunk, _ in profile.attention if chunk})
@@ -172,7 +176,7 @@ class Attention:
         few, many, along = _bracket(self._alone, decodes)
         low, high = (self._plane(0, self._alone[index])[0] for index in (few, many))
         sizes = self._decode_contexts
-        times = [max(0, int(a + (b - a) * along)) for a, b in zip(low, high, strict=True)]
+        times = [max(0, int((a + (b - a) * along) * self._alone_scale)) for a, b in zip(low, high, strict=True)]
         slopes = [(times[i + 1] - times[i]) // (sizes[i + 1] - sizes[i]) for i in range(len(sizes) - 1)]
         # Below the first size attention takes as long as there; above the last it grows on as before.
         if sizes[0]:
@@ -208,9 +212,8 @@ class Attention:
                     at_top += share * (value + (row[past_top] - value) * along_top)
         if decodes > 1 and self._skew:
             rate = self._skew.rate(decodes, context_sum, longest)
-            alpha = self._skew.share(_ceiling(self._chunks, chunk), decodes, rate, longest, context) / _SHARES
-            at_mean += (at_top - at_mean) * alpha
-        return max(0, int(at_mean))
+            at_mean += (at_top - at_mean) * self._skew.share(chunk, decodes, rate, longest, context) / _SHARES
+        return max(0, int(at_mean * self._mixed_scale))
 
     def _plane(self, chunk: int, decodes: int) -> list[list[int]]:
         """All layers' time over the KV of the prompt and of a decode, on the axes of the whole table."""

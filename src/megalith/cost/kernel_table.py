@@ -13,12 +13,17 @@ tokens and the same number of (query, key) pairs. Unequal contexts: see kernel_a
 with tensor parallelism the experts lie whole on the ranks. All-reduce: a ring.
 
 `host_ns` is what a step takes beside its kernels: launches, gaps between kernels, scheduling that does not hide behind
-the device. It is no part of the tables and is to be calibrated on other runs than those one wants to predict. Durations
-are whole picoseconds. Knows no cluster and no policy.
+the device. It is no part of the tables and is to be calibrated on other runs than those one wants to predict.
+
+At a lower clock decodes alone feel what memory-bound work feels, steps with prompts all of it, and all other kernels a
+share of each: compute-bound is what the largest measured batch takes a token. Durations are whole picoseconds. Knows no
+cluster and no policy.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +31,15 @@ from megalith.base.errors import ConfigError
 from megalith.cost.kernel_attention import Attention, between
 from megalith.cost.kernel_profile import KernelProfile, read_profile
 from megalith.cost.timer import PS_PER_NS, Line, Prompt
-from megalith.cost.timer_phases import quick_line
+from megalith.cost.timer_phases import (
+    POWER_EXPONENT,
+    PhasePower,
+    at_lower_clock,
+    check_clock,
+    check_factor,
+    memory_slowdown,
+    quick_line,
+)
 from megalith.specs.fleet import LinkSpec
 from megalith.specs.model import ModelSpec
 
@@ -39,7 +52,7 @@ _PS_PER_S = 1_000_000_000_000
 
 
 class KernelTable:
-    """See the module and StepTimer. What was computed once is kept: a run meets few sizes."""
+    """See the module, StepTimer and DeviceTimer. What was computed once is kept: a run meets few sizes."""
 
     def __init__(
         self,
@@ -48,8 +61,9 @@ class KernelTable:
         tensor_parallel: int = 1,
         host_ns: int = 0,
         link: LinkSpec | None = None,
+        power: PhasePower | None = None,
     ) -> None:
-        """`link` joins the devices of one instance. Raises ConfigError when tables or link are lacking."""
+        """`link` joins the devices of an instance; `power` is of one of them. Raises ConfigError on what is lacking."""
         if tensor_parallel > 1 and link is None:
             raise ConfigError(
                 f"{model.name} on {tensor_parallel} devices adds up activations in every layer, and no link is given.",
@@ -61,11 +75,22 @@ class KernelTable:
         self._model = model
         self._ranks = tensor_parallel
         self._link = link
-        self._host_ps = host_ns * PS_PER_NS
-        self._attention = Attention(profile, model.num_layers)
+        self._host_ns = host_ns
+        self._power = power
+        self._run_at(1.0, 1.0)
+
+    def _run_at(self, factor: float, clock: float) -> None:
+        """Forget what was computed; from now on with this factor on everything and at this clock."""
+        self._factor, self._clock = factor, clock
+        self._slow = factor * memory_slowdown(clock), factor / clock
+        """Factors of memory-bound and of compute-bound work."""
+        self._host_ps = round(self._host_ns * PS_PER_NS * factor)
+        self._attention = Attention(self._profile, self._model.num_layers, self._slow)
         self._tokens: dict[int, int] = {}
         self._requests: dict[int, int] = {}
         self._decodes: dict[int, int] = {}
+        largest = max(sizes[-1] for sizes, _ in self._profile.dense.values())
+        self._compute_ps = self._kernels_ps(largest) / largest
 
     @classmethod
     def load(
@@ -75,9 +100,10 @@ class KernelTable:
         tensor_parallel: int = 1,
         host_ns: int = 0,
         link: LinkSpec | None = None,
+        power: PhasePower | None = None,
     ) -> KernelTable:
         """The timer over the tables in `directory` (layout: kernel_profile.py). Raises ConfigError."""
-        return cls(read_profile(Path(directory), tensor_parallel), model, tensor_parallel, host_ns, link)
+        return cls(read_profile(Path(directory), tensor_parallel), model, tensor_parallel, host_ns, link, power)
 
     def step_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int, context_max: int) -> int:
         """Duration of one step, in picoseconds. A listed row of one token behind a context counts as a decode."""
@@ -102,6 +128,24 @@ class KernelTable:
         first, slope, steps = self._attention.decode_piece(decodes, context_sum, context_max)
         return quick_line((self._steady_ps(decodes) + first, slope, steps))
 
+    def scaled(self, factor: float) -> KernelTable:
+        """See DeviceTimer."""
+        return self._other(self._factor * check_factor(factor), self._clock)
+
+    def at_clock(self, fraction: float) -> KernelTable:
+        """See DeviceTimer."""
+        return self._other(self._factor, check_clock(fraction))
+
+    def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:
+        """See DeviceTimer. Tables hold no watts: nan where none were given."""
+        power = PhasePower(math.nan, math.nan, math.nan) if self._power is None else self._power
+        return at_lower_clock(power, self._clock, exponent)
+
+    def _other(self, factor: float, clock: float) -> KernelTable:
+        other = copy.copy(self)
+        other._run_at(factor, clock)
+        return other
+
     def _steady_ps(self, decodes: int) -> int:
         """All but attention of a step of decodes."""
         known = self._decodes.get(decodes)
@@ -113,24 +157,29 @@ class KernelTable:
     def _tokens_ps(self, tokens: int) -> int:
         known = self._tokens.get(tokens)
         if known is None:
-            known = self._tokens[tokens] = self._count_tokens(_padded(tokens))
+            padded = _padded(tokens)
+            time = self._kernels_ps(padded)
+            busy = min(1.0, padded * self._compute_ps / time) if time else 0.0
+            reduced = 2 * self._model.num_layers * self._all_reduce_ps(padded) * self._factor
+            known = round(time * (busy * self._slow[1] + (1.0 - busy) * self._slow[0]) + reduced)
+            self._tokens[tokens] = known
         return known
 
-    def _count_tokens(self, tokens: int) -> int:
+    def _kernels_ps(self, tokens: int) -> int:
+        """All that runs once for every token, at full clock and without all-reduces."""
         once = layer = 0
         for name, curve in self._profile.dense.items():
             if name in _ONCE:
                 once += between(curve, tokens)
             else:
                 layer += between(curve, tokens) * _CALLS.get(name, 1)
-        layer += self._experts_ps(tokens) + 2 * self._all_reduce_ps(tokens)
-        return once + layer * self._model.num_layers
+        return once + (layer + self._experts_ps(tokens)) * self._model.num_layers
 
     def _requests_ps(self, requests: int) -> int:
         known = self._requests.get(requests)
         if known is None:
-            known = sum([between(curve, requests) for curve in self._profile.sequences.values()])
-            self._requests[requests] = known
+            time = sum([between(curve, requests) for curve in self._profile.sequences.values()])
+            known = self._requests[requests] = round(time * self._slow[0])
         return known
 
     def _experts_ps(self, tokens: int) -> int:

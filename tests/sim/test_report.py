@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from megalith.sim.report import FORMAT, RunFigures, machine_time, run_document, run_figures, run_tables
-from megalith.sim.run import SimResult, simulate
+from megalith.sim.run import Run, SimResult, simulate
+from megalith.specs.fleet import FleetSpec, PoolSpec
 from megalith.specs.slo import parse_slo
 from tests.sim.test_run import FLEETS, scenario
 
@@ -100,3 +101,22 @@ def test_what_is_not_known_is_null_and_a_dash(result: SimResult) -> None:
     assert list(run_tables(figures)) == ["requests", "rates", "latencies", "resources"]
     body: Any = json.loads(run_document(figures), parse_constant=refuse)
     assert body["resources"]["energy_j"] is None
+
+
+@pytest.mark.parametrize("policy", ["splitfuse", "prefill-first", "first-come"])
+def test_gaps_add_up_to_the_time_from_first_to_last_token(policy: str) -> None:
+    """With room for everybody no request pauses: all gaps of all requests are their decoding time, stalls included."""
+    roomy = PoolSpec(name="all", device="llumnix", count=2, kv_blocks=4000, policy=policy)
+    run = Run(scenario(FleetSpec(pools=(roomy,))))
+    while run.advance():
+        pass
+    figures = run.result().figures
+    totals, gaps = run.recorder.totals, run.recorder.gaps_ps
+    assert figures.preemptions == 0
+    assert gaps.count == figures.output_tokens - figures.finished
+    assert gaps.total / 1000 == pytest.approx(totals.decode_span_ns, abs=2 * figures.finished)
+    assert figures.paused_share < 1e-6
+    itl, tpot = figures.latencies["itl_ns"], figures.latencies["tpot_ns"]
+    assert itl is not None
+    assert tpot is not None
+    assert itl.maximum >= tpot.maximum

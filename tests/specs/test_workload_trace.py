@@ -15,6 +15,7 @@ from megalith.base.errors import ConfigError
 from megalith.specs.trace import KNOWN, TraceColumns, TraceRow, read_rows
 from megalith.specs.trace_values import clock, parse_ids
 from megalith.specs.workload import TraceSource, WorkloadSpec, open_workload, read_trace
+from megalith.specs.workload_text import parse_workload
 
 TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
 needs_recordings = pytest.mark.skipif(not TRACES.is_dir(), reason="needs the recorded public traces")
@@ -239,3 +240,15 @@ def test_recorded_mooncake_hour_has_its_published_reuse() -> None:
         seen.update(shape.prefix_ids)
     assert (blocks, len(seen)) == (288_500, 182_790)
     assert reused / blocks == pytest.approx(0.366, abs=0.001)
+
+
+@needs_recordings
+@pytest.mark.parametrize("resample", ["none", "joint"])
+def test_distserves_filter_leaves_the_lengths_that_are_known(resample: str) -> None:
+    """Azure conversation with at most 2,048 tokens in all: 754 prompt and 232 output tokens on average."""
+    text = f"{TRACES}/azure2023_conv.csv.gz:max_total=2048,resample={resample}"
+    if resample == "joint":
+        text += ",arrivals=poisson,rate=10,requests=50000"
+    shapes = list(open_workload(parse_workload(text)))
+    assert sum(s.input_tokens for s in shapes) / len(shapes) == pytest.approx(754, rel=0.01)
+    assert sum(s.output_tokens for s in shapes) / len(shapes) == pytest.approx(232, rel=0.01)

@@ -88,7 +88,7 @@ def test_tables_say_simulated_and_the_machine_measured(result: SimResult) -> Non
     for table in tables.values():
         console.print(table.to_rich())
     text = out.getvalue()
-    for expected in ("Simulated run: trace azure", "TTFT", "ITL", "steady", "binding:", result.digest, "seed 0"):
+    for expected in ("Simulated run", "TTFT", "ITL", "steady", "binding:", result.digest, "seed 0"):
         assert expected in text, expected
 
 

@@ -51,7 +51,7 @@ class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
     format: str
     nature: Literal["simulated"]
     settings: dict[str, str]
-    """What a person asked for, in words."""
+    """What a person asked for, in words; print it above the tables."""
     scenario: dict[str, Any]
     """The resolved configuration of the run."""
     seed: int
@@ -182,8 +182,7 @@ def _requests_table(figures: RunFigures) -> Table:
         Column("output_tokens", "output tokens", "count", "simulated"),
         Column("prefix_hit_share", "prefix hits", "share", "simulated"),
     ]
-    settings = ", ".join(f"{name} {value}" for name, value in figures.settings.items())
-    table = Table(columns, title=f"Simulated run{': ' if settings else ''}{settings}")
+    table = Table(columns, title="Simulated run")
     counts = [getattr(record, name) for name in names]
     table.add(*counts, record.prompt_tokens, record.output_tokens, figures.prefix_hit_share)
     if figures.stopped_early:

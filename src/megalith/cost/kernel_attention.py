@@ -196,16 +196,15 @@ class Attention:
         mean, past_mean, along_mean = _bracket(self._decode_contexts, context_sum // decodes if decodes else 0)
         top, past_top, along_top = _bracket(self._decode_contexts, longest)
         at_mean = at_top = 0.0
+        rows = [(low, 1.0 - along_contexts), (high, along_contexts)] if along_contexts else [(low, 1.0)]
         for chunk_index, chunk_weight in ((small, 1.0 - along_chunks), (large, along_chunks)):
             for count_index, count_weight in ((few, 1.0 - along_decodes), (many, along_decodes)):
                 weight = chunk_weight * count_weight
                 if not weight:
                     continue
                 plane = self._plane(self._chunks[chunk_index], self._beside[count_index])
-                for row, share in (
-                    (plane[low], weight * (1.0 - along_contexts)),
-                    (plane[high], weight * along_contexts),
-                ):
+                for index, row_weight in rows:
+                    row, share = plane[index], weight * row_weight
                     value = row[mean]
                     at_mean += share * (value + (row[past_mean] - value) * along_mean)
                     value = row[top]

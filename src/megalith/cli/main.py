@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "complete": "Complete one prompt and print the text.",
     "bench": "Measure: predicted against measured, or load on an endpoint (`bench serve`).",
     "plan": "Say what fits, how fast and at what cost, before loading anything.",
+    "simulate": "Run a simulated cluster on a trace, under any policy.",
     "probe": "Measure this machine and store its profile.",
     "models": "List the models that are here and those that are known.",
     "doctor": "Say what this machine has and what is wrong.",

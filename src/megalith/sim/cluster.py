@@ -33,12 +33,16 @@ from megalith.sim.kernel import Kernel
 from megalith.sim.live import NEVER, Live, Outcome
 from megalith.sim.migration import Migrations
 from megalith.sim.parties import MoveKind
+from megalith.sim.tracing import RunTrace
 from megalith.sim.transfer import Handoffs
 from megalith.sim.view import ClusterView, Facts
 from megalith.specs.fleet import PoolSpec
 
 ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
 """Kinds of entries in the log of decisions."""
+
+RETRY_NS = 1_000_000
+"""A request that was sent to an instance that is down asks again after this: the network says so after a while."""
 
 
 class Sink(StepSink, Protocol):
@@ -81,6 +85,8 @@ class Cluster:
         self.executors: dict[type[Command], Executor] = {}
         self.handoffs: Handoffs | None = None
         self.migrations: Migrations | None = None
+        self.trace: RunTrace | None = None
+        """Where the run is drawn."""
         self.ended = 0
         self.on_end: Callable[[Live], object] | None = None
         """Told of every request that ends, such as a closed loop of clients."""
@@ -163,6 +169,9 @@ class Cluster:
         del self.live[live.request.id]
         self.ended += 1
         self.sink.finished(live)
+        if self.trace is not None:
+            live.finish_ns = self.kernel.now_ns
+            self.trace.finished(live)
         self.kernel.log(FINISH, live.request.id, live.generated)
         if "finish" in self._listeners:
             request = live.request
@@ -186,7 +195,7 @@ class Cluster:
         instance = self.instances.get(route.instance)
         request = live.request
         if instance is None or instance.down:
-            self.kernel.at(self.kernel.now_ns + 1, self.route, live)
+            self.kernel.at(self.kernel.now_ns + RETRY_NS, self.route, live)
             return
         live.instance = route.instance
         facts = self.facts[route.instance]
@@ -199,7 +208,8 @@ class Cluster:
             return
         self.kernel.log(ARRIVE, request.id, route.instance)
         facts.outstanding += 1
-        facts.pending_tokens += request.prompt_tokens
+        if live.first_ns < 0:
+            facts.pending_tokens += request.prompt_tokens
         if not split:
             facts.promised_tokens += request.prompt_tokens + request.max_new_tokens
             return
@@ -221,8 +231,12 @@ class Cluster:
         self.kernel.log(FIRST, request.id, instance.id)
         if "first_token" in self._listeners:
             self.emit(Event("first_token", self.kernel.now_ns, request.id, {"instance": instance.id}))
+        self.recomputed(instance, live)
+
+    def recomputed(self, instance: Instance, live: Live) -> None:
+        """See Outlet."""
         split = live.decode_instance >= 0 and live.generated < live.output_tokens
-        if split and self.handoffs is not None and self.handoffs.prompt_done(request.id):
+        if split and self.handoffs is not None and self.handoffs.prompt_done(live.request.id):
             instance.left(live)
 
     def finished(self, instance: Instance, live: Live) -> None:
@@ -258,11 +272,15 @@ class Cluster:
 
     def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
         """See Outlet."""
+        if self.trace is not None:
+            self.trace.steps(instance.id, instance.begun_ps, (first_ps, slope_ps, steps), decodes)
         gaps = self._gaps.get(instance.scheduler)
         (self.sink if gaps is None else gaps).steps(first_ps, slope_ps, steps, decodes)
 
     def prompt_stepped(self, instance: Instance, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
         """See Outlet."""
+        if self.trace is not None:
+            self.trace.prompt_step(instance.id, instance.begun_ps, duration_ps, prompt_tokens, decodes)
         gaps = self._gaps.get(instance.scheduler)
         if gaps is None:
             if not instance.stalled:
@@ -329,10 +347,28 @@ class Cluster:
         new.scheduler.add(live.request, known - live.request.prompt_tokens)
         new.lives[request_id] = live
 
-    def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:  # noqa: ARG002
+    def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:
         """Another decode instance for a request whose own was lost: the least loaded of the role."""
-        others = [facts for facts in self.view.by_role("decode") if facts.id in self.instances]
-        return min(others, key=lambda facts: (facts.outstanding, facts.id)).id if others else None
+        others = [facts for facts in self.view.by_role("decode") if self.find(facts.id) is not None]
+        if not others:
+            return None
+        target = min(others, key=lambda facts: (facts.outstanding, facts.id)).id
+        live = self.live[request_id]
+        most = live.request.prompt_tokens + live.request.max_new_tokens
+        for instance, sign in ((lost, -1), (target, 1)):
+            if instance in self.facts:
+                self.facts[instance].outstanding += sign
+                self.facts[instance].promised_tokens += sign * most
+        live.decode_instance = target
+        return target
+
+    def lost(self, live: Live) -> None:
+        """The KV of a request went down with its instance: ask the router again; its tokens are kept."""
+        self._uncount(live.instance, live)
+        if live.decode_instance >= 0:
+            self._forget_decode(live)
+        live.instance = NEVER
+        self.route(live)
 
     def emit(self, event: Event) -> None:
         """Tell the controllers that listen, and do what they want."""
@@ -373,6 +409,8 @@ class Cluster:
 
     def over(self, command: Command, outcome: str, reason: str = "") -> None:
         """Tell the controllers how a command ended."""
+        if self.trace is not None:
+            self.trace.command(self.kernel.now_ns, str(command), outcome, reason)
         if "command" in self._listeners:
             data = {"command": command, "outcome": outcome, "reason": reason}
             self.emit(Event("command", self.kernel.now_ns, data=data))

@@ -30,6 +30,10 @@ class Outlet(Protocol):
         """The prompt is done and the first token is there; the request decodes on here unless it is held now."""
         ...
 
+    def recomputed(self, instance: Instance, live: Live) -> None:
+        """A prompt that had its first token before it lost its KV is done again, and is to decode elsewhere."""
+        ...
+
     def finished(self, instance: Instance, live: Live) -> None:
         """The last token is there; the request has left the instance."""
         ...
@@ -133,6 +137,11 @@ class Instance:
             self._begun_ps += done * self._first_ps + self._slope_ps * (done * (done - 1) // 2)
             self._first_ps += self._slope_ps * done
             self._steps -= done
+
+    @property
+    def begun_ps(self) -> int:
+        """When the step or leap under way began; while the outlet is told of steps, when those began."""
+        return self._begun_ps
 
     def free_blocks(self) -> int:
         """Blocks that can be had at once, as of the last step boundary before now."""
@@ -295,6 +304,8 @@ class Instance:
                 if live.first_ns < 0:
                     live.first_ns = now_ns
                     self._out.first_token(self, live)
+                elif live.decode_instance >= 0:
+                    self._out.recomputed(self, live)
             for request_id in finished:
                 live = self.lives.pop(request_id)
                 live.generated = live.output_tokens

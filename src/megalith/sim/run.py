@@ -30,8 +30,10 @@ from megalith.sim.network import Network
 from megalith.sim.parties import KvShape
 from megalith.sim.record import Recorder
 from megalith.sim.record_figures import RecordFigures
+from megalith.sim.samples import Samples
 from megalith.sim.scenario import Scenario
 from megalith.sim.series import InstanceSample, Series
+from megalith.sim.tracing import RunTrace
 from megalith.sim.transfer import HandoffCounters, Handoffs
 from megalith.specs.arrivals import ClosedLoop
 from megalith.specs.fleet import PoolSpec
@@ -60,6 +62,8 @@ class SimResult:
     scenario: Scenario
     figures: RecordFigures
     series: Series
+    samples: dict[str, Samples]
+    """Latencies of the requests that finished, by name (ttft_ns, ...)."""
     digest: str
     """Hash of all decisions, token times included; the same for the same scenario on every machine."""
     events: int
@@ -129,6 +133,16 @@ class Run:
             self._stopped = True
         return more and not self._stopped
 
+    def interrupt(self) -> None:
+        """End the run here; the result is of what has ended."""
+        self._stopped = True
+
+    def draw(self, trace: RunTrace) -> None:
+        """Draw everything that happens from now on."""
+        for instance_id, pool in self.cluster.pools.items():
+            trace.instance(instance_id, f"{pool.name} {instance_id} ({pool.device})")
+        self.cluster.trace = trace
+
     @property
     def progress(self) -> Progress:
         """How far it is."""
@@ -149,6 +163,7 @@ class Run:
             scenario=self.scenario,
             figures=self.recorder.figures(),
             series=self.recorder.series,
+            samples=self.recorder.samples,
             digest=self.kernel.digest(),
             events=self.kernel.events,
             end_ns=self.kernel.now_ns,

@@ -10,15 +10,15 @@ defaults (see `engine_of`). All times that this program computes are simulated.
 from __future__ import annotations
 
 import argparse
-import heapq
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import duckdb
+from closed_loop import NO_WAIT, Client, ClosedLoop, Wait
 
 from megalith.base.errors import MegalithError
 from megalith.base.random import uniform
@@ -32,7 +32,6 @@ from megalith.cost.memory import (
     weight_bytes,
 )
 from megalith.cost.operators import tables
-from megalith.cost.timer import Prompt, StepTimer
 from megalith.cost.timer_operators import OperatorTimer
 from megalith.policy.batching import Admission, BatchFacts, BatchPolicy, PrefillFirst, SplitFuse, StepShape
 from megalith.policy.facts import Request
@@ -45,9 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "calibration"
 PS_PER_MS = 1_000_000_000
 BLOCK_TOKENS = 16
-TOKENIZE_PS = 1_700_000
-"""Time of a prompt token in the server's front end, one request after the other: the `tokenizers` package with a BPE
-vocabulary of 8,000 on one core of an AMD EPYC (Zen 3), measured there; HTTP and chat templates are not counted."""
+BARS = 0.15, 0.35, 0.30
+"""TPOT median and nine in ten, TTFT median."""
 MODELS = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
     "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
@@ -93,9 +91,7 @@ class Engine:
     kv: str
     whole_reservation: bool = False
     """KV for prompt and whole output is set aside at admission (TensorRT-LLM's guaranteed_no_evict)."""
-    wait_tokens: int = 0
-    wait_steps: int = 0
-    """Prompts wait until so many tokens are there, for at most so many steps (TensorRT-LLM's batch_wait_*)."""
+    wait: Wait = NO_WAIT
 
 
 class InFlight:
@@ -127,8 +123,8 @@ def engine_of(run: Run) -> Engine:
         if run.backend == "vllm":
             return Engine(SplitFuse(8_192), 0.9, 0, kv if run.device == "b200" else "bf16")
         waits = run.prompt_tokens == run.output_tokens == 1024 and run.tensor_parallel < 8
-        wait_tokens, wait_steps = (int(0.9 * 16_384), 20) if waits else (0, 0)
-        return Engine(InFlight(16_384), 0.9, 0, kv, True, wait_tokens, wait_steps)
+        wait = Wait(int(0.9 * 16_384), 20) if waits else NO_WAIT
+        return Engine(InFlight(16_384), 0.9, 0, kv, True, wait)
     if run.backend == "sglang":
         return Engine(PrefillFirst(8_192), 0.87, 0, "bf16")
     budget = run.concurrency + run.prompt_tokens + 1_500
@@ -149,123 +145,6 @@ def kv_tokens(run: Run, engine: Engine, spec: ModelSpec) -> int:
     room = (memory - weights - work) * share if engine.whole_reservation else memory * share - weights - work
     token = kv_bytes_per_token(spec, engine.kv) * per_device_kv_heads(spec, run.tensor_parallel) / spec.num_kv_heads
     return int(room / token)
-
-
-@dataclass
-class Client:
-    """One request of a closed loop."""
-
-    request: Request
-    output_tokens: int
-    sent_ps: int = 0
-    first_ps: int = -1
-    last_ps: int = -1
-    generated: int = 0
-    finish_clock: int = -1
-
-
-class ClosedLoop:
-    """`concurrency` clients, each sending the next request when its last one is answered; stepped and leapt exactly."""
-
-    def __init__(self, scheduler: Scheduler, timer: StepTimer, clients: Sequence[Client], engine: Engine) -> None:
-        self.scheduler, self.timer, self.engine = scheduler, timer, engine
-        self.todo = deque(clients)
-        self.by_id = {client.request.id: client for client in clients}
-        self.on_the_way: deque[tuple[int, Client]] = deque()
-        """(when the tokenizer is done with it, request): the engine has begun its next step before that."""
-        self.tokenizer_ps = 0
-        self.held: list[Client] = []
-        self.waited = self.now_ps = self.clock = 0
-        self.ends: list[tuple[int, int]] = []
-
-    def run(self, concurrency: int) -> None:
-        """Until every request is answered."""
-        for _ in range(min(concurrency, len(self.todo))):
-            self._send()
-        while True:
-            self._arrive()
-            self._release()
-            plan = self.scheduler.plan()
-            if plan.empty:
-                if not self.on_the_way:
-                    return
-                self.now_ps = self.on_the_way[0][0]
-                continue
-            for preempt in plan.preempts:
-                client = self.by_id[preempt.request_id]
-                if client.finish_clock >= 0:
-                    client.generated = client.output_tokens - (client.finish_clock - self.clock)
-                    client.finish_clock = -1
-            if plan.listed:
-                chunks = [Prompt(chunk.new_tokens, chunk.context_tokens, chunk.samples) for chunk in plan.listed]
-                self.now_ps += self.timer.step_ps(chunks, plan.decodes, plan.decode_context_sum, 0)
-                steps = 1
-            else:
-                line = self.timer.decode_line(plan.decodes, plan.decode_context_sum, 0)
-                steps = min(plan.repeats + 1, line.steps, self._next_end() - self.clock)
-                if self.on_the_way:
-                    steps = 1
-                if self.held:
-                    steps = min(steps, self.engine.wait_steps - self.waited)
-                self.now_ps += line.total_ps(steps)
-            self.clock += steps if plan.decodes else 0
-            self.waited += steps if self.held else 0
-            done = self._ended()
-            for chunk in plan.listed:
-                if chunk.samples:
-                    done += self._sampled(self.by_id[chunk.request_id])
-            self.scheduler.complete(plan, [client.request.id for client in done], steps)
-            for client in done:
-                client.last_ps = self.now_ps
-                self._send()
-
-    def _send(self) -> None:
-        if self.todo:
-            client = self.todo.popleft()
-            client.sent_ps = self.now_ps
-            begin_ps = max(self.now_ps, self.tokenizer_ps)
-            self.tokenizer_ps = begin_ps + client.request.prompt_tokens * TOKENIZE_PS
-            self.on_the_way.append((self.tokenizer_ps, client))
-
-    def _arrive(self) -> None:
-        while self.on_the_way and self.on_the_way[0][0] <= self.now_ps:
-            self.held.append(self.on_the_way.popleft()[1])
-
-    def _release(self) -> None:
-        """Hand requests to the scheduler, unless the engine waits for more of them."""
-        if not self.held:
-            return
-        tokens = sum(client.request.prompt_tokens for client in self.held) + self.scheduler.num_running
-        if tokens >= self.engine.wait_tokens or self.waited >= self.engine.wait_steps or not self.scheduler.num_running:
-            for client in self.held:
-                self.scheduler.add(client.request)
-            self.held.clear()
-            self.waited = 0
-
-    def _next_end(self) -> int:
-        while self.by_id[self.ends[0][1]].finish_clock != self.ends[0][0]:
-            heapq.heappop(self.ends)
-        return self.ends[0][0]
-
-    def _ended(self) -> list[Client]:
-        done = []
-        while self.ends and self.ends[0][0] <= self.clock:
-            clock, key = heapq.heappop(self.ends)
-            if self.by_id[key].finish_clock == clock:
-                self.by_id[key].finish_clock = -1
-                done.append(self.by_id[key])
-        return done
-
-    def _sampled(self, client: Client) -> list[Client]:
-        """A prompt's last chunk gave a token."""
-        client.generated += 1
-        if client.first_ps < 0:
-            client.first_ps = self.now_ps
-        if client.generated == client.output_tokens:
-            return [client]
-        client.finish_clock = self.clock + client.output_tokens - client.generated
-        heapq.heappush(self.ends, (client.finish_clock, client.request.id))
-        return []
 
 
 def lengths(run: Run, count: int) -> Iterable[tuple[int, int]]:
@@ -296,7 +175,7 @@ def simulate(run: Run) -> tuple[float, float]:
         Client(Request(index, 0, prompt, output), output)
         for index, (prompt, output) in enumerate(lengths(run, 10 * run.concurrency))
     ]
-    ClosedLoop(scheduler, timer, clients, engine).run(run.concurrency)
+    ClosedLoop(scheduler, timer, clients, engine.wait).run(run.concurrency)
     ttft = statistics.fmean(client.first_ps - client.sent_ps for client in clients) / PS_PER_MS
     tpot = statistics.fmean((c.last_ps - c.first_ps) / (c.output_tokens - 1) for c in clients) / PS_PER_MS
     return ttft, tpot
@@ -361,39 +240,72 @@ HEAD = """| set | runs | TPOT median error | p90 | bias | TTFT median error | p9
 |---|---:|---:|---:|---:|---:|---:|---:|"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--rows", action="store_true", help="print every run")
-    parser.add_argument("--every", type=int, default=1, help="only every n-th run")
-    options = parser.parse_args()
+AICONFIGURATOR = (
+    ("Qwen3-32B FP8, H100, TensorRT-LLM (57)", ("qwen3-32b", "h100-sxm", "trtllm", "fp8"), 0.38, 0.09),
+    ("gpt-oss-120b, H100, vLLM (58)", ("gpt-oss-120b", "h100-sxm", "vllm", "mxfp4"), 0.35, 0.06),
+    ("Llama-3.1-8B FP8, H200, SGLang (46)", ("llama-3.1-8b", "h200", "sglang", "fp8"), 0.82, 0.14),
+    ("Llama-3.1-8B FP8, H200, vLLM (21)", ("llama-3.1-8b", "h200", "vllm", "fp8"), 0.30, 1.17),
+)
+"""Sets (with how many runs), and AIConfigurator 0.12's own median errors of TTFT and TPOT, asked as a user would."""
+
+
+def judged(options: argparse.Namespace) -> list[Error]:
+    """Every run that can be replayed; prints those that cannot."""
     errors, refused = [], Counter[str]()
     for run in published_runs(options.data)[:: options.every]:
         try:
             errors.append(Error(run, *simulate(run)))
         except MegalithError as error:
             refused[str(error)] += 1
-            continue
-        if options.rows:
-            last = errors[-1]
-            print(
-                f"{run.device:9}{run.model:15}{run.backend:7}{run.precision:4} tp{run.tensor_parallel} "
-                f"{run.prompt_tokens:5}/{run.output_tokens:<5}c{run.concurrency:<4} TTFT {last.ttft_ms:9.1f} of "
-                f"{run.ttft_ms:9.1f} {last.ttft:+7.1%}  "
-                f"TPOT {last.tpot_ms:7.2f} of {run.tpot_ms:7.2f} {last.tpot:+7.1%}"
-            )
+    for text, count in refused.items():
+        print(f"not run ({count}): {text}")
+    return errors
+
+
+def print_runs(errors: Iterable[Error]) -> None:
+    for error in errors:
+        run = error.run
+        print(
+            f"{run.device:9}{run.model:15}{run.backend:7}{run.precision:4} tp{run.tensor_parallel} "
+            f"{run.prompt_tokens:5}/{run.output_tokens:<5}c{run.concurrency:<4} "
+            f"TTFT {error.ttft_ms:9.1f} of {run.ttft_ms:9.1f} {error.ttft:+7.1%}  "
+            f"TPOT {error.tpot_ms:7.2f} of {run.tpot_ms:7.2f} {error.tpot:+7.1%}"
+        )
+
+
+def print_tables(errors: Sequence[Error]) -> None:
     groups: dict[str, list[Error]] = {}
     for error in errors:
         run = error.run
-        name = f"{run.model} {run.number}, {run.device}, {run.backend}"
-        groups.setdefault(name, []).append(error)
-    print(HEAD)
-    for name in sorted(groups):
-        print(table_row(name, groups[name]))
+        groups.setdefault(f"{run.model} {run.number}, {run.device}, {run.backend}", []).append(error)
     dense = [error for error in errors if error.run.model != "gpt-oss-120b"]
-    print(table_row("all dense", dense))
-    for text, count in refused.items():
-        print(f"not run ({count}): {text}")
+    print(
+        HEAD, *[table_row(name, groups[name]) for name in sorted(groups)], table_row("**all dense**", dense), sep="\n"
+    )
+    print("\n| AIConfigurator's set | its TTFT | ours | its TPOT | ours | our runs |\n|---|---:|---:|---:|---:|---:|")
+    for name, key, ttft, tpot in AICONFIGURATOR:
+        ours = [e for e in errors if (e.run.model, e.run.device, e.run.backend, e.run.number) == key]
+        first, each = (
+            [f"{statistics.median(map(abs, values)):.0%}" if ours else "no rows"]
+            for values in ([error.ttft for error in ours], [error.tpot for error in ours])
+        )
+        print(f"| {name} | {ttft:.0%} | {first[0]} | {tpot:.0%} | {each[0]} | {len(ours)} |")
+    sizes = sorted(abs(error.tpot) for error in dense)
+    figures = statistics.median(sizes), quantile(sizes, 0.9), statistics.median(abs(error.ttft) for error in dense)
+    for name, figure, bar in zip(("TPOT median", "TPOT p90", "TTFT median"), figures, BARS, strict=True):
+        print(f"gate, dense models: {name} error {figure:.1%}, bar {bar:.0%}: {'pass' if figure <= bar else 'FAIL'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--rows", action="store_true", help="print every run")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th run")
+    options = parser.parse_args()
+    errors = judged(options)
+    if options.rows:
+        print_runs(errors)
+    print_tables(errors)
 
 
 if __name__ == "__main__":

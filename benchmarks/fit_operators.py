@@ -1,6 +1,6 @@
 """Composes the steps of catalogue models from measured operators and writes catalog/operators.
 
-    python benchmarks/fit_operators.py [--data ../shared/data/calibration] [--only h100-sxm llama-3.1-8b]
+    python benchmarks/fit_operators.py [--data DIR] [--package DIR] [--only h100-sxm llama-3.1-8b]
 
 The measurements are NVIDIA's (aiconfigurator-core 0.12.0, Apache-2.0): one operator call on one GPU, vLLM kernels. A
 layer is qkv, attention, output, two all-reduces, gate and up, down, and four element-wise kernels: two norms, the
@@ -47,20 +47,17 @@ TOLERANCE = 0.02
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384)
 DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXTS = (2, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-MXFP4_BYTES = 17 / 32
-"""Bytes of a weight in mxfp4: 4 bits, and 8 for a scale of 32."""
 
 
 class Operators:
     """The measured operators of one system, by interpolation. All times in milliseconds."""
 
-    def __init__(self, data: Path, system: str) -> None:
+    def __init__(self, data: Path, system: str, package: Path | None = None) -> None:
         self.data, self.system = data, system
         with (data / "systems.csv").open() as file:
             facts = next(row for row in csv.DictReader(file) if row["system"] == system)
         self.memory_bytes_per_ms = float(facts["gpu.mem_bw"]) * MEMORY_SHARE / 1e3
         self.peer_bytes_per_ms = float(facts["node.intra_node_bw"]) * MEMORY_SHARE / 1e3
-        self.flops_per_ms = float(facts["gpu.bfloat16_tc_flops"]) / 1e3
         self._gemm = {name: self._read_gemm(dtype) for name, dtype in TYPES.items()}
         self._attention = {
             kind: self._group(
@@ -75,6 +72,12 @@ class Operators:
             "dtype, hidden_size, inter_size, topk, num_experts, num_tokens, moe_tp_size, latency_ms",
             "where moe_ep_size = 1 and distribution = 'power_law_1.2'",
         )
+        if package is not None:
+            self._experts |= self._group(
+                str(package / system / "moe" / "vllm" / "0.24.0" / "moe_perf.parquet"),
+                "'mxfp4', hidden_size, inter_size, topk, num_experts, num_tokens, moe_tp_size, min(latency)",
+                "where moe_dtype = 'w4a16_mxfp4' and moe_ep_size = 1 and distribution = 'power_law_1.2' group by all",
+            )
         self._reduce = self._read_reduce()
 
     def _rows(self, name: str, columns: str, where: str = "") -> list[tuple[Any, ...]]:
@@ -153,41 +156,14 @@ class Operators:
         return KERNEL_MS + num_bytes / self.memory_bytes_per_ms
 
     def experts(self, spec: ModelSpec, devices: int, number: str, tokens: Any) -> Any:
-        """Times of all routed experts of a layer; of a shape that was not measured, by rooflines (see `_scaled`)."""
-        wanted = (TYPES.get(number, "fp8"), spec.hidden, spec.ffn, spec.experts_per_token, spec.num_experts)
-        measured = self._experts.get(wanted)
-        if measured is not None and number in TYPES:
-            times = {count: ms for (count, cut), ms in measured.items() if cut == devices}
-            if times:
-                sizes = sorted(times)
-                return _extended(tokens, np.array(sizes), np.array([times[size] for size in sizes]))
-        return self._scaled(spec, devices, number, tokens)
-
-    def _scaled(self, spec: ModelSpec, devices: int, number: str, tokens: Any) -> Any:
-        """The measured shape with the nearest experts, times the quotient of the two rooflines."""
-        found = [
-            key for key in self._experts
-            if key[0] == "bfloat16" and key[4] == spec.num_experts
-            and {cut for _, cut in self._experts[key]} >= {devices}
-        ]  # fmt: skip
-        if not found:
-            raise LookupError(f"no measured experts near {spec.name} on {self.system}")
-        near = min(found, key=lambda key: abs(key[3] - spec.experts_per_token) * 1e9 + abs(key[1] - spec.hidden))
-        _, hidden, ffn, top, count = near
-        times = {size: ms for (size, cut), ms in self._experts[near].items() if cut == devices}
-        sizes = np.array(sorted(times))
-        weight = {"mxfp4": MXFP4_BYTES, "fp8": 1.0}.get(number, 2.0)
-        target = self._roofline(sizes, (spec.hidden, spec.ffn, spec.experts_per_token, count), devices, weight)
-        ours = np.array([times[size] for size in sizes]) * target
-        return _extended(tokens, sizes, ours / self._roofline(sizes, (hidden, ffn, top, count), devices, 2.0))
-
-    def _roofline(self, tokens: Any, shape: tuple[int, int, int, int], devices: int, weight_bytes: float) -> Any:
-        hidden, ffn, top, count = shape
-        one = 3.0 * hidden * ffn / devices
-        touched = count * (1.0 - (1.0 - top / count) ** tokens)
-        memory = (touched * one * weight_bytes + 2.0 * tokens * top * hidden * 2) / self.memory_bytes_per_ms
-        compute = 2.0 * tokens * top * one / (0.7 * self.flops_per_ms)
-        return KERNEL_MS + np.maximum(memory, compute)
+        """Times of all routed experts of a layer. Raises LookupError when that shape was not measured."""
+        wanted = (TYPES.get(number, number), spec.hidden, spec.ffn, spec.experts_per_token, spec.num_experts)
+        measured = self._experts.get(wanted, {})
+        times = {count: ms for (count, cut), ms in measured.items() if cut == devices}
+        if not times:
+            raise LookupError(f"the experts of {spec.name} in {number} over {devices} devices on {self.system}")
+        sizes = sorted(times)
+        return _extended(tokens, np.array(sizes), np.array([times[size] for size in sizes]))
 
     def attention(self, kind: str, head: tuple[int, int, int, int], kv: str) -> dict[tuple[int, int], float] | None:
         """{(batch, tokens): ms} of (head_dim, window, query heads, KV heads), None when not measured."""
@@ -340,7 +316,7 @@ def compose(ops: Operators, spec: ModelSpec, device: str) -> dict[str, Any] | No
                 "decode_ns": [[int(value) for value in np.round(row * 1e6)] for row in grid],
                 "alone": alone, "packed": packed,
             })  # fmt: skip
-        numbers = ("mxfp4", "bf16") if spec.name == "gpt-oss-120b" else tuple(TYPES)
+        numbers = ("mxfp4",) if spec.name == "gpt-oss-120b" else tuple(TYPES)
         for number in numbers:
             if not ops.has("bf16" if number == "mxfp4" else number) or devices not in {
                 a["tensor_parallel"] for a in attention
@@ -366,13 +342,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "calibration")
     parser.add_argument("--only", nargs="*", default=())
+    parser.add_argument(
+        "--package", type=Path, help="aiconfigurator_core/systems/data of the wheel: experts in mxfp4 are only there"
+    )
     options = parser.parse_args()
     for device, system in SYSTEMS.items():
         if options.only and not set(options.only) & {device, *MODELS}:
             continue
         if options.only and set(options.only) & set(SYSTEMS) and device not in options.only:
             continue
-        ops = Operators(options.data, system)
+        ops = Operators(options.data, system, None if device == "a100-80gb" else options.package)
         for model in MODELS:
             if set(options.only) & set(MODELS) and model not in options.only:
                 continue

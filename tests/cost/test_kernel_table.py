@@ -181,6 +181,9 @@ def test_experts_count_those_that_are_awake(tmp_path: Path) -> None:
     for decodes, awake in ((1, 2), (2, 4), (8, 8), (32, 8)):
         extra = routed.step_ps((), decodes, decodes * 50, 50) - plain.step_ps((), decodes, decodes * 50, 50)
         assert extra == MODEL.num_layers * (decodes + 10 * awake) * PS
+    link = LinkSpec(bytes_per_s=1e30)
+    halves = [KernelTable(read_profile(folder), model, 2, 0, link).step_ps((), 8, 400, 50) for model in (MODEL, moe)]
+    assert halves[1] - halves[0] == MODEL.num_layers * (4 + 10 * 4) * PS
 
 
 def test_tensor_parallel_pays_two_rings_a_layer(tmp_path: Path) -> None:

@@ -183,20 +183,18 @@ class KernelTable:
         return known
 
     def _experts_ps(self, tokens: int) -> int:
-        """The experts of one layer on the rank that has most to do, when the router spreads tokens evenly.
+        """The experts of one layer on one rank, when the router spreads tokens evenly.
 
-        A token meets a given rank unless all of its experts lie on others; each expert of a rank is awake as soon as
-        there are as many (token, expert) pairs.
+        All experts of a token were on the one rank that was measured, so a share of the (token, expert) pairs counts as
+        that share of the tokens. Each expert of a rank is awake as soon as the rank has as many pairs.
         """
         experts, chosen, ranks = self._model.num_experts, self._model.experts_per_token, self._ranks
         if not experts:
             return 0
-        pairs = tokens * chosen // ranks
-        awake = max(1, min(pairs, experts // ranks))
-        here = tokens - tokens * (ranks - 1) ** chosen // ranks**chosen
+        awake = max(1, min(tokens * chosen, experts) // ranks)
         table = self._profile.experts
         sizes = sorted(table)
-        return between((sizes, [between(table[size], here) for size in sizes]), awake)
+        return between((sizes, [between(table[size], max(1, tokens // ranks)) for size in sizes]), awake)
 
     def _all_reduce_ps(self, tokens: int) -> int:
         """A ring: 2 (ranks - 1) messages one after the other, each the tensor divided by the ranks."""

@@ -57,8 +57,11 @@ def dispatch_freeness(
         taken = priority_headroom(instance, target_tokens) > 0
         if taken != (priority > 0):
             reserved += max(0.0, instance.kv_blocks - target_tokens / instance.block_tokens)
-    available = instance.free_blocks() - instance.waiting_blocks() - watermark * instance.kv_blocks - reserved
-    return _freeness(available, instance.running() + instance.waiting())
+    available = instance.free_blocks() - watermark * instance.kv_blocks - reserved
+    waiting = instance.waiting()
+    if waiting:
+        available -= instance.waiting_blocks()
+    return _freeness(available, instance.running() + waiting)
 
 
 def migration_freeness(
@@ -66,8 +69,11 @@ def migration_freeness(
 ) -> float:
     """Freeness of what runs, and of the first who waits; with `more_blocks` in `more_requests` running beside it."""
     reserved = instance.headroom_blocks + priority_headroom(instance, target_tokens) + more_blocks
-    available = instance.free_blocks() - instance.head_blocks() - reserved
-    return _freeness(available, instance.running() + more_requests + (instance.waiting() > 0))
+    available = instance.free_blocks() - reserved
+    if instance.waiting():
+        available -= instance.head_blocks()
+        more_requests += 1
+    return _freeness(available, instance.running() + more_requests)
 
 
 def _freeness(available_blocks: float, requests: int) -> float:
@@ -100,9 +106,15 @@ class FreenessRouter(RuleRouter):
         self._watermark = options.watermark
 
     def pick(self, request: Request, instances: Sequence[InstanceFacts]) -> InstanceFacts:
-        """Linear in the instances."""
-        target, watermark = self._target, self._watermark
-        return max(instances, key=lambda one: dispatch_freeness(one, request.priority, target, watermark))
+        """Linear in the instances, up to the first that is empty: nothing is freer."""
+        best, highest = instances[0], -inf
+        for instance in instances:
+            freeness = dispatch_freeness(instance, request.priority, self._target, self._watermark)
+            if freeness > highest:
+                if freeness == inf:
+                    return instance
+                best, highest = instance, freeness
+        return best
 
 
 class RebalanceOptions(Config):

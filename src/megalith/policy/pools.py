@@ -33,6 +33,11 @@ _PENDING: Callable[[InstanceFacts], int] = attrgetter("pending_tokens")
 _PROMISED: Callable[[InstanceFacts], int] = attrgetter("promised_tokens")
 
 
+def _queue(instance: InstanceFacts) -> int:
+    """sched_pending_tokens of the original: prompts count where they run, tokens where they decode."""
+    return instance.pending_tokens if instance.role == "prefill" else queued_tokens(instance)
+
+
 class SplitwiseOptions(RouterOptions):
     """The constants of the paper and its simulator."""
 
@@ -77,6 +82,7 @@ class SplitwisePools:
         prefill, mixed, decode = view.by_role("prefill"), view.by_role("mixed"), view.by_role("decode")
         if not (prefill or mixed or decode):
             return later(request, view, self.options)
+        self._commands = []
         needed = request.prompt_tokens + self._new_tokens(request)
         prompt = self._prompt_end(request, prefill, _PENDING) or self._prompt_end(request, mixed, queued_tokens)
         token = self._token_end(needed, decode) or self._token_end(needed, mixed)
@@ -87,7 +93,8 @@ class SplitwisePools:
             token = min(prefill, key=_PROMISED)
             self._borrow(token)
         if prompt is None or token is None:
-            prompt = token = min([*prefill, *mixed, *decode], key=queued_tokens)
+            # A borrowed one is the last of the mixed ones by now: the order decides among equals.
+            prompt = token = min(sorted([*prefill, *mixed, *decode], key=self._pool_order), key=_queue)
         if self._guess is not None:
             self._promise(request.id, token.id, needed)
         if prompt.id == token.id:
@@ -122,6 +129,10 @@ class SplitwisePools:
     def _borrow(self, instance: InstanceFacts) -> None:
         self._borrowed.add(instance.id)
         self._commands.append(SetRole(instance.id, "mixed"))
+
+    def _pool_order(self, instance: InstanceFacts) -> int:
+        borrowed = any(isinstance(one, SetRole) and one.instance == instance.id for one in self._commands)
+        return 2 if borrowed else {"prefill": 0, "mixed": 1, "decode": 3}[instance.role]
 
     def _transfer(self, request: Request) -> TransferMode:
         transfer = self.options.transfer

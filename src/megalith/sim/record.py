@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,10 @@ COLUMNS = (
 LATENCIES = ("ttft_ns", "tpot_ns", "e2e_ns", "queue_ns", "transfer_ns", "normalized_ns")
 _CLASS_LATENCIES = LATENCIES[:3]
 _REQUEST = ("id", "arrival_ns", "prompt_tokens", "priority")
-_READERS = [(name, attrgetter(f"request.{name}" if name in _REQUEST else name)) for name in COLUMNS[:-1]]
-_ENDS = 2048
+_READERS = {name: attrgetter(name) for name in COLUMNS[:-1]}
+_ONLY_FOR_SINKS = frozenset({"id", "output_tokens", "instance", "decode_instance"})
+# A request that ended holds its prefix hashes, so not many may wait.
+_ENDS = 1024
 _STEP_FIELDS = 5
 _STEP_WORDS = 4096 * _STEP_FIELDS
 _MOST_CLASSES = 16
@@ -180,7 +182,7 @@ class Recorder:
         return describe_record(self.totals, self.samples, self.classes, gaps, self.timeline, slo)
 
     def _flush_ends(self) -> None:
-        columns = _columns(self._ends)
+        columns = _columns(self._ends, whole=self._sink is not None)
         # A new list, so that a sink that fails cannot make the next call count these twice.
         self._ends = []
         done = columns["outcome"] == 0
@@ -214,7 +216,7 @@ class Recorder:
 
     def _count_finished(self, columns: Columns) -> None:
         """Latencies, tokens and goodness, of those that finished."""
-        if len(columns["id"]) == 0:
+        if len(columns["arrival_ns"]) == 0:
             return
         arrival, first, finish = columns["arrival_ns"], columns["first_ns"], columns["finish_ns"]
         generated, prompts = columns["generated"], columns["prompt_tokens"]
@@ -301,16 +303,20 @@ def _table(flat: list[int], width: int) -> IntArray:
     return table
 
 
-def _columns(lives: Sequence[Ended]) -> dict[str, IntArray]:
-    """COLUMNS of requests; None becomes -1."""
-    columns = {name: _column(read, lives) for name, read in _READERS}
-    columns["outcome"] = _column(lambda live: _CODES[live.outcome], lives)
+def _columns(lives: Sequence[Ended], *, whole: bool) -> dict[str, IntArray]:
+    """COLUMNS of requests, all of them or only what the figures need; None becomes -1."""
+    requests = [live.request for live in lives]
+    columns = {
+        name: _column(read, requests if name in _REQUEST else lives)
+        for name, read in _READERS.items()
+        if whole or name not in _ONLY_FOR_SINKS
+    }
+    columns["outcome"] = np.array([_CODES[live.outcome] for live in lives], dtype=np.int64)
     return columns
 
 
-def _column(read: Callable[[Ended], int | None], lives: Sequence[Ended]) -> IntArray:
+def _column(read: Callable[[Any], int | None], rows: Sequence[Any]) -> IntArray:
     try:
-        return np.fromiter(map(read, lives), dtype=np.int64, count=len(lives))
+        return np.fromiter(map(read, rows), dtype=np.int64, count=len(rows))
     except TypeError:
-        values = [-1 if value is None else value for value in map(read, lives)]
-        return np.array(values, dtype=np.int64)
+        return np.array([-1 if value is None else value for value in map(read, rows)], dtype=np.int64)

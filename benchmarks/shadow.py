@@ -3,13 +3,18 @@
     python benchmarks/shadow.py [--clock processor|wall] [--driver loop|service] [--repeats 2] [--out shadow.jsonl]
 
 Each run of the live engine (SmolLM2 135M, native backend, one thread, random prompts of the trace's lengths) writes a
-decision log. Logs of the calibration traces give this machine's profile (`cost.calibrate_steps`); every log, also those
-of the reported traces, is replayed into fresh policy objects, which must decide the same. Then the simulator's instance
+decision log. Logs of calibration runs give this machine's profile (`cost.calibrate_steps`); every log, also those of
+the reported traces, is replayed into fresh policy objects, which must decide the same. Then the simulator's instance
 runs each reported trace over the same scheduler options and that profile. No reported run is ever fitted.
 
 `--clock processor` drives the engine on the processor time of its own thread, arrivals on the same clock and idle time
-jumped over, so that other programs on the machine do not count to first order (they still share caches and memory).
-`--clock wall` waits in real time. `--driver service` goes through the asyncio engine, as the server does (wall only).
+jumped over, so that other programs on the machine do not count to first order. They still share caches and memory, and
+a virtual machine's speed wanders by itself; so calibration traces run beside each reported one on a second engine, in
+turns of a quarter of a second, and say how fast the machine was at each moment. The profile is of all calibration steps
+together; the simulated device is slower or faster at a moment as the calibration steps around that moment were
+(`--steady`: as those of the whole run were).
+`--clock wall` waits in real time; a calibration run comes before each reported one. `--driver service` goes through
+the asyncio engine, as the server does (wall only).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import itertools
 import json
 import statistics
 import sys
@@ -64,8 +70,8 @@ BUDGET, SEQUENCES, BLOCK_TOKENS, BLOCKS, CONTEXT = 128, 32, 16, 1200, 1200
 METRICS = ("ttft", "tpot", "e2e")
 BARS = {50: 0.10, 99: 0.20}
 CHAT_IN, CHAT_OUT = LognormalLength(median=60, sigma=0.7), LognormalLength(median=32, sigma=0.6)
-# Four in five are short; the others are documents of 400 to 900 tokens.
-LONG_IN = QuantileLength(points=((0.0, 16), (0.4, 50), (0.8, 120), (0.81, 400), (1.0, 900)))
+# Seven in eight are short; the others are documents of 400 to 900 tokens.
+LONG_IN = QuantileLength(points=((0.0, 16), (0.44, 50), (0.87, 120), (0.88, 400), (1.0, 900)))
 
 
 def _trace(requests: int, arrivals: Arrivals, long: bool = False) -> WorkloadSpec:
@@ -76,14 +82,17 @@ def _trace(requests: int, arrivals: Arrivals, long: bool = False) -> WorkloadSpe
 
 
 TRACES = {
-    "short chat, Poisson": (_trace(130, PoissonArrivals(rate_per_s=3.0)), 11),
-    "long prompts in the mix": (_trace(100, PoissonArrivals(rate_per_s=2.0), long=True), 12),
-    "bursts": (_trace(120, OnOffArrivals(rate_per_s=2.6, on_s=2.0, off_s=4.0)), 22),
+    "short chat, Poisson": (_trace(130, PoissonArrivals(rate_per_s=2.4)), 31),
+    "long prompts in the mix": (_trace(80, PoissonArrivals(rate_per_s=1.1), long=True), 32),
+    "bursts": (_trace(130, OnOffArrivals(rate_per_s=2.2, on_s=1.0, off_s=3.0)), 33),
 }
+"""The engine is busy for half to two thirds of the minute that each takes; a burst brings ten requests in a second."""
 CALIBRATION = {
     "calibration: chat": (_trace(70, PoissonArrivals(rate_per_s=2.5)), 101),
     "calibration: mix in bursts": (_trace(60, OnOffArrivals(rate_per_s=2.0, on_s=3.0, off_s=3.0), long=True), 102),
 }
+TURN_NS, WINDOW_TURNS = NS_PER_S // 4, 4
+"""How long reported run and calibration take turns; turns before and after one that say how fast the machine was."""
 
 
 def main() -> None:
@@ -92,6 +101,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=["processor", "wall"], default="processor")
     parser.add_argument("--driver", choices=["loop", "service"], default="loop")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--steady", action="store_true", help="one speed of the machine for the whole of a run")
     parser.add_argument("--logs", type=Path, help="keep the decision logs and measured times in this new folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("shadow.jsonl"))
     options = parser.parse_args()
@@ -112,23 +122,26 @@ def study(options: argparse.Namespace, folder: Path) -> None:
     live = LiveEngine(options.clock, options.driver, folder)
     load, used_s = machine.Load(), time.process_time()
     for repeat in range(options.repeats):
-        for name in (*CALIBRATION, *TRACES):
+        for name in TRACES:
             for policy in POLICIES:
-                live.run(name, policy, repeat)
+                live.run(Run(name, policy, repeat, folder))
     others = load.other_cores(time.process_time() - used_s)
     cost = live.cost()
-    steps = [step for name in CALIBRATION for run in live.runs_of(name) for step in recorded_steps(run.log)]
+    steps = [step for run in live.runs for step in run.calibration_steps()]
     fitted = with_rates(cost, fit_steps(cost, steps))
     print(f"fitted on {len(steps)} steps of the calibration runs", file=sys.stderr)
     row: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": machine.commit(),
         "machine": machine.describe(), "clock": options.clock, "driver": options.driver, "repeats": options.repeats,
+        "steady": options.steady,
         "other_cores": round(others, 2), "fit_steps": len(steps), "rates": msgspec.to_builtins(fitted.profile.rates),
-        "shadow": [shadow(run) for run in live.runs], "rows": [],
+        "shadow": [shadow(log, policy) for run in live.runs for log, policy in run.logs()],
     }  # fmt: skip
-    for name in TRACES:
-        for policy in POLICIES:
-            row["rows"].append(compare(name, policy, live.runs_of(name, policy), fitted))
+    row["rows"] = [
+        compare([run for run in live.runs if (run.trace, run.policy) == (name, policy)], fitted, options.steady)
+        for name in TRACES
+        for policy in POLICIES
+    ]
     with options.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(table(row))
@@ -159,25 +172,71 @@ class Times:
 
 @dataclass
 class Run:
-    """One run of the live engine."""
+    """One run of the live engine on a reported trace, and the calibration beside it."""
 
     trace: str
     policy: str
     repeat: int
-    log: Path
+    folder: Path
     times: dict[int, Times] = field(default_factory=dict)
+    calibration: list[tuple[Path, str]] = field(default_factory=list)
+    """Logs and their policies."""
+    turns: list[tuple[int, int]] = field(default_factory=list)
+    """(time of this run, calibration steps so far) after each turn."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.trace}-{self.policy}-{self.repeat}".replace(" ", "_").replace(",", "")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.jsonl.gz"
+
+    def logs(self) -> list[tuple[Path, str]]:
+        return [(self.log, self.policy), *self.calibration]
+
+    def calibration_steps(self) -> list[TimedStep]:
+        return [step for log, _ in self.calibration for step in recorded_steps(log)]
+
+    def speeds(self, cost: CostModel, steady: bool) -> list[tuple[int, float]]:
+        """(time from which on, factor on predicted step times), from the calibration steps around each turn."""
+        steps, turns = self.calibration_steps(), len(self.turns)
+        if steady or not turns:
+            return [(0, 1.0 / (1.0 + bias(cost, steps)))]
+        begins, counts = [0, *[at_ns for at_ns, _ in self.turns]], [0, *[count for _, count in self.turns]]
+        speeds = []
+        for i in range(turns):
+            around = steps[counts[max(0, i - WINDOW_TURNS)] : counts[min(turns, i + WINDOW_TURNS + 1)]]
+            if around:
+                speeds.append((begins[i], 1.0 / (1.0 + bias(cost, around))))
+        return speeds
+
+    def keep(self) -> None:
+        """The measured times, beside the log."""
+        values = {number: [t.due_ns, t.first_ns, t.finish_ns, t.output_tokens] for number, t in self.times.items()}
+        (self.folder / f"{self.name}.times.json").write_text(json.dumps(values))
 
 
 class RunClock:
-    """The engine's clock: the processor time of this thread plus what idle time was jumped over, or the wall."""
+    """The engine's clock: the processor time of this thread plus what idle time was jumped over, or the wall.
+
+    It can be stopped: then it stands still until it is started again.
+    """
 
     def __init__(self, kind: str) -> None:
         self._read: Callable[[], int] = time.thread_time_ns if kind == "processor" else time.monotonic_ns
         self._jumps = kind == "processor"
         self._shift_ns = -self._read()
+        self._stopped_ns = 0
 
     def now_ns(self) -> int:
         return self._read() + self._shift_ns
+
+    def stop(self) -> None:
+        self._stopped_ns = self.now_ns()
+
+    def start(self) -> None:
+        self._shift_ns = self._stopped_ns - self._read()
 
     def wait_until(self, at_ns: int) -> None:
         if self._jumps:
@@ -192,11 +251,17 @@ class LiveEngine:
     def __init__(self, clock: str, driver: str, folder: Path) -> None:
         self.clock, self.driver, self.folder = clock, driver, folder
         self.runs: list[Run] = []
-        self.built: BuiltEngine = build_engine(config("prefill-first"))
-        self._warm_up()
-
-    def runs_of(self, trace: str, policy: str = "") -> list[Run]:
-        return [run for run in self.runs if run.trace == trace and policy in ("", run.policy)]
+        self.built = build_engine(config("prefill-first"))
+        self.beside = build_engine(config("prefill-first"))
+        """Runs the calibration traces."""
+        self._calibration_steps = 0
+        self._cycle = itertools.cycle([(name, policy) for name in CALIBRATION for policy in POLICIES])
+        for built in (self.built, self.beside):
+            engine = self._engine(built, "splitfuse", RunClock("wall"))
+            for admitted in list(self._admitted("calibration: chat"))[:8]:
+                engine.add(admitted)
+            while engine.has_work:
+                engine.step()
 
     def cost(self) -> CostModel:
         """The cost model of this model and runner with rates that are no measurement yet."""
@@ -204,26 +269,59 @@ class LiveEngine:
         profile = plan_machine.uncalibrated("native", 1, plan_machine.stored_facts())
         return CostModel(self.built.model.spec, profile, planned.weights("native", None), self.built.fit.plan.kv_format)
 
-    def run(self, trace: str, policy: str, repeat: int) -> None:
-        log = self.folder / f"{trace}-{policy}-{repeat}.jsonl.gz".replace(" ", "_").replace(":", "").replace(",", "")
-        run = Run(trace, policy, repeat, log)
+    def run(self, run: Run) -> None:
+        """Do it, with a calibration beside it or before it."""
         begin = time.perf_counter()
-        if self.driver == "service":
-            asyncio.run(through_service(run))
+        if self.clock == "processor":
+            self._in_turns(run)
         else:
-            clock = RunClock(self.clock)
-            kv, limits = account()
-            scheduler = RecordingScheduler(by_name(policy, BUDGET), kv, limits, clock, log, "smollm2")
-            through_loop(Engine(self.built.runner, scheduler, clock), clock, list(self._admitted(trace)), run)
-            scheduler.close()
+            for _ in self._calibration(run):
+                pass
+            if self.driver == "service":
+                asyncio.run(through_service(run))
+            else:
+                for _ in self._loop(run):
+                    pass
+        run.keep()
         self.runs.append(run)
         span_s = max(times.finish_ns for times in run.times.values()) / NS_PER_S
-        print(
-            f"{trace}, {policy}, run {repeat}: {span_s:.1f} s of trace, {time.perf_counter() - begin:.1f} s wall",
-            file=sys.stderr,
-        )
-        values = {number: [t.due_ns, t.first_ns, t.finish_ns, t.output_tokens] for number, t in run.times.items()}
-        log.with_suffix(".times.json").write_text(json.dumps(values))
+        print(f"{run.name}: {span_s:.1f} s of trace in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+
+    def _in_turns(self, run: Run) -> None:
+        """The reported run and calibrations, half a second of processor time each."""
+        reported, calibration = self._loop(run), self._calibration(run)
+        for now_ns in reported:
+            next(calibration)
+            run.turns.append((now_ns, self._calibration_steps))
+        calibration.close()
+
+    def _loop(self, run: Run) -> Iterator[int]:
+        clock = RunClock(self.clock)
+        engine = self._engine(self.built, run.policy, clock, run.log)
+        yield from through_loop(engine, clock, list(self._admitted(run.trace)), run.times)
+
+    def _calibration(self, run: Run) -> Iterator[int]:
+        """Calibration traces in turn: on the wall clock one, else until nobody asks any more."""
+        self._calibration_steps = 0
+        while True:
+            trace, policy = next(self._cycle)
+            log = self.folder / f"{run.name}-calibration-{len(run.calibration)}.jsonl.gz"
+            run.calibration.append((log, policy))
+            clock = RunClock(self.clock)
+            engine, before = self._engine(self.beside, policy, clock, log), self._calibration_steps
+            for now_ns in through_loop(engine, clock, list(self._admitted(trace)), {}):
+                self._calibration_steps = before + engine.stats().steps
+                yield now_ns
+            self._calibration_steps = before + engine.stats().steps
+            if self.clock == "wall":
+                return
+
+    def _engine(self, built: BuiltEngine, policy: str, clock: RunClock, log: Path | None = None) -> Engine:
+        kv, limits = account()
+        batching = by_name(policy, BUDGET)
+        if log is None:
+            return Engine(built.runner, Scheduler(batching, kv, limits), clock)
+        return Engine(built.runner, RecordingScheduler(batching, kv, limits, clock, log, "smollm2"), clock)
 
     def _admitted(self, trace: str) -> Iterator[Admitted]:
         model, random = self.built.model, np.random.default_rng(5)
@@ -233,14 +331,6 @@ class LiveEngine:
             yield Admitted(
                 shape.index, prompt, greedy(new), new, 0, eos, model.tokenizer.stream(), None, 0, shape.at_ns or 0
             )
-
-    def _warm_up(self) -> None:
-        kv, limits = account()
-        engine = Engine(self.built.runner, Scheduler(by_name("splitfuse", BUDGET), kv, limits), RunClock("wall"))
-        for admitted in list(self._admitted("short chat, Poisson"))[:8]:
-            engine.add(admitted)
-        while engine.has_work:
-            engine.step()
 
 
 def config(policy: str, record: str | None = None) -> EngineConfig:
@@ -260,24 +350,34 @@ def greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
 
-def through_loop(engine: Engine, clock: RunClock, requests: list[Admitted], run: Run) -> None:
-    """The engine's own loop: whoever is due is added between steps."""
-    following = 0
-    while following < len(requests) or engine.has_work:
-        if not engine.has_work:
-            clock.wait_until(requests[following].arrival_ns)
-        while following < len(requests) and requests[following].arrival_ns <= clock.now_ns():
-            due = requests[following]
-            engine.add(due)
-            run.times[due.id] = Times(due.arrival_ns, due.max_new)
-            following += 1
-        emitted = engine.step()
-        now_ns = clock.now_ns()
-        for number, delta in emitted:
-            times = run.times[number]
-            times.first_ns = times.first_ns or now_ns
-            if delta.finish_reason is not None:
-                times.finish_ns = now_ns
+def through_loop(engine: Engine, clock: RunClock, requests: list[Admitted], times: dict[int, Times]) -> Iterator[int]:
+    """The engine's own loop: whoever is due is added between steps. After each turn its clock stops, and it gives the
+    time and lets others run."""
+    following, turn_ends_ns = 0, TURN_NS
+    try:
+        while following < len(requests) or engine.has_work:
+            if not engine.has_work:
+                clock.wait_until(requests[following].arrival_ns)
+            while following < len(requests) and requests[following].arrival_ns <= clock.now_ns():
+                due = requests[following]
+                engine.add(due)
+                times[due.id] = Times(due.arrival_ns, due.max_new)
+                following += 1
+            emitted = engine.step()
+            now_ns = clock.now_ns()
+            for number, delta in emitted:
+                entry = times[number]
+                entry.first_ns = entry.first_ns or now_ns
+                if delta.finish_reason is not None:
+                    entry.finish_ns = now_ns
+            if now_ns >= turn_ends_ns:
+                clock.stop()
+                yield now_ns
+                clock.start()
+                turn_ends_ns = now_ns + TURN_NS
+    finally:
+        if isinstance(engine.scheduler, RecordingScheduler):
+            engine.scheduler.close()
 
 
 async def through_service(run: Run) -> None:
@@ -313,11 +413,19 @@ class Outlet:
         return lambda *_: None
 
 
-def simulated(trace: str, policy: str, cost: CostModel) -> dict[int, Times]:
+def simulated(trace: str, policy: str, cost: CostModel, speeds: list[tuple[int, float]]) -> dict[int, Times]:
     """The trace on the simulator's instance, with the scheduler options of the live engine."""
     kernel = Kernel()
     kv, limits = account()
-    instance = Instance(0, kernel, Scheduler(by_name(policy, BUDGET), kv, limits), AnalyticTimer(cost), Outlet())
+    timer = AnalyticTimer(cost, speeds[0][1])
+    instance = Instance(0, kernel, Scheduler(by_name(policy, BUDGET), kv, limits), timer, Outlet())
+
+    def change_speed(factor: float) -> None:
+        instance.interrupt(kernel.now_ns)
+        instance.timer = AnalyticTimer(cost, factor)
+
+    for at_ns, factor in speeds[1:]:
+        kernel.at(at_ns, change_speed, factor)
     lives = []
     for shape in shapes_of(trace):
         request = Request(shape.index, shape.at_ns or 0, shape.input_tokens, shape.output_tokens)
@@ -333,39 +441,46 @@ def simulated(trace: str, policy: str, cost: CostModel) -> dict[int, Times]:
 # The comparison
 
 
-def shadow(run: Run) -> dict[str, Any]:
+def shadow(log: Path, policy: str) -> dict[str, Any]:
     """The shadow test of one run, with two controls."""
-    report = replay(run.log)
-    other = next(policy for policy in POLICIES if policy != run.policy)
-    caught = [not replay(run.log, token_budget=BUDGET // 2).identical, not replay(run.log, policy=other).identical]
-    calls = sum(report.calls.values())
+    report = replay(log)
+    other = next(name for name in POLICIES if name != policy)
+    caught = [not replay(log, token_budget=BUDGET // 2).identical, not replay(log, policy=other).identical]
     return {
-        "trace": run.trace, "policy": run.policy, "repeat": run.repeat, "identical": report.identical,
-        "calls": calls, "plans": report.calls["plan"], "steps": report.steps, "controls_caught": caught,
+        "log": log.name, "identical": report.identical, "calls": sum(report.calls.values()),
+        "plans": report.calls["plan"], "steps": report.steps, "controls_caught": caught,
         "difference": str(report.difference or ""),
     }  # fmt: skip
 
 
-def compare(name: str, policy: str, runs: list[Run], cost: CostModel) -> dict[str, Any]:
+def compare(runs: list[Run], cost: CostModel, steady: bool) -> dict[str, Any]:
     """Percentiles of all repeats together against those simulated, and the repeats against each other."""
-    model = simulated(name, policy, cost)
-    found: dict[str, Any] = {"trace": name, "policy": policy, "requests": len(model), "metrics": {}}
-    steps: list[TimedStep] = [step for run in runs for step in recorded_steps(run.log)]
-    found["step_time_bias"] = round(bias(cost, steps), 4)
+    name, policy = runs[0].trace, runs[0].policy
+    factors = [1.0 / (1.0 + bias(cost, run.calibration_steps())) for run in runs]
+    model = [simulated(name, policy, cost, run.speeds(cost, steady)) for run in runs]
+    found: dict[str, Any] = {
+        "trace": name, "policy": policy, "requests": len(model[0]), "factors": [round(f, 4) for f in factors],
+        "step_time_bias": [
+            round((1.0 + bias(cost, recorded_steps(run.log))) * factor - 1.0, 4)
+            for run, factor in zip(runs, factors, strict=True)
+        ], "metrics": {},
+    }  # fmt: skip
     for metric in METRICS:
-        by_run = [sorted(columns(run.times, metric)) for run in runs]
-        measured, predicted = sorted(value for values in by_run for value in values), sorted(columns(model, metric))
-        entry: dict[str, Any] = {}
-        for percent, bar in BARS.items():
-            real, sim = percentile(measured, percent), percentile(predicted, percent)
-            each = [percentile(values, percent) for values in by_run]
-            entry[f"p{percent}"] = {
-                "measured_ns": real, "simulated_ns": sim, "error": round(sim / real - 1.0, 4),
-                "met": abs(sim / real - 1.0) <= bar, "runs_ns": each,
-                "spread": round((max(each) - min(each)) / statistics.mean(each), 4),
-            }  # fmt: skip
-        found["metrics"][metric] = entry
+        real, virtual = ([sorted(columns(t, metric)) for t in all_] for all_ in ([r.times for r in runs], model))
+        found["metrics"][metric] = {f"p{p}": versus(real, virtual, p, bar) for p, bar in BARS.items()}
     return found
+
+
+def versus(real: list[list[int]], virtual: list[list[int]], percent: int, bar: float) -> dict[str, Any]:
+    """One percentile of all repeats together, measured and simulated."""
+    measured, model = (percentile(sorted(v for values in all_ for v in values), percent) for all_ in (real, virtual))
+    each = [percentile(values, percent) for values in real]
+    error = model / measured - 1.0
+    return {
+        "measured_ns": measured, "simulated_ns": model, "error": round(error, 4), "met": abs(error) <= bar,
+        "runs_ns": each, "runs_simulated_ns": [percentile(values, percent) for values in virtual],
+        "spread": round((max(each) - min(each)) / statistics.mean(each), 4),
+    }  # fmt: skip
 
 
 def columns(times: dict[int, Times], metric: str) -> list[int]:

@@ -194,12 +194,12 @@ class Cluster:
     def _place(self, live: Live, route: Route) -> None:
         instance = self.instances.get(route.instance)
         request = live.request
-        if instance is None or instance.down:
+        target = route.decode_instance
+        if instance is None or instance.down or (target is not None and self.find(target) is None):
             self.kernel.at(self.kernel.now_ns + RETRY_NS, self.route, live)
             return
         live.instance = route.instance
         facts = self.facts[route.instance]
-        target = route.decode_instance
         split = target is not None and target != route.instance and self.handoffs is not None
         try:
             instance.submit(live)

@@ -27,12 +27,14 @@ from megalith.sim.kernel import Kernel
 from megalith.sim.live import Live
 from megalith.sim.migration import MigrationCounters, Migrations
 from megalith.sim.network import Network
+from megalith.sim.operations import Operations
 from megalith.sim.parties import KvShape
 from megalith.sim.record import Recorder
 from megalith.sim.record_figures import RecordFigures
 from megalith.sim.samples import Samples
 from megalith.sim.scenario import Scenario
 from megalith.sim.series import InstanceSample, Series
+from megalith.sim.tempo import Tempos
 from megalith.sim.tracing import RunTrace
 from megalith.sim.transfer import HandoffCounters, Handoffs
 from megalith.specs.arrivals import ClosedLoop
@@ -115,6 +117,7 @@ class Run:
         self._connect()
         self._feed()
         self.cluster.start()
+        self.operations.start()
         if fleet.heartbeat_s > 0:
             self._beat(None)
         if self._sample_ns:
@@ -191,8 +194,12 @@ class Run:
         shape = KvShape(kv_bytes_per_token(spec, self.scenario.kv_format), spec.num_layers)
         self.handoffs = Handoffs(cluster, self.network, fleet.handoff, shape)
         cluster.handoffs = self.handoffs
-        self.migrations = cluster.migrations = Migrations(cluster, self.handoffs, fleet.migration)
+        tempos = Tempos(self.kernel)
+        self.migrations = cluster.migrations = Migrations(cluster, self.handoffs, fleet.migration, tempos.slow)
         cluster.executors[Migrate] = self.migrations
+        kinds, moves = self.builder.kinds, (self.handoffs, self.migrations)
+        make = (lambda pool: kinds[pool.name].timer, self.builder.scheduler)
+        self.operations = Operations(cluster, fleet, self.scenario.seed, tempos, moves, make)
 
     # Load
 

@@ -125,6 +125,14 @@ class Scaling:
         """Instances of a pool that exist and do not serve yet."""
         return sum(1 for order in self._starting.values() if order.command.pool == pool)
 
+    def is_starting(self, instance: InstanceId) -> bool:
+        """Whether it exists and does not serve yet."""
+        return instance in self._starting
+
+    def is_stopping(self, instance: InstanceId) -> bool:
+        """Whether it is to go when it has nothing left."""
+        return instance in self._stopping
+
     def instance_hours(self, pool: str | None = None) -> float:
         """Hours of instances that were paid for up to now: starting, draining and failed ones too."""
         now_ns = self._host.kernel.now_ns

@@ -194,18 +194,15 @@ class Rebalance:
 
     def _pairs_of(self, group: list[InstanceFacts]) -> list[tuple[InstanceFacts, InstanceFacts, RequestFacts]]:
         freeness = {instance.id: self.freeness(instance) for instance in group}
-        sources = [
-            (instance, request)
-            for instance in sorted(group, key=lambda one: (freeness[one.id], one.id))
-            if self._gives(instance, freeness[instance.id]) and (request := self._choose(instance)) is not None
-        ]
-        if not sources:
-            return []
         takers = [instance for instance in group if self._takes(instance, freeness[instance.id])]
+        sources = [instance for instance in group if self._gives(instance, freeness[instance.id])]
         takers.sort(key=lambda one: (-freeness[one.id], one.id))
+        sources.sort(key=lambda one: (freeness[one.id], one.id))
+        # Looking at the requests of an instance is what costs: only at as many as there are takers.
+        choices = ((source, request) for source in sources if (request := self._choose(source)) is not None)
         return [
             (source, target, request)
-            for (source, request), target in zip(sources, takers, strict=False)
+            for target, (source, request) in zip(takers, choices, strict=False)
             if not self.options.balanced or self._evens_out(source, target, request)
         ]
 

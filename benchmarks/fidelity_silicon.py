@@ -115,8 +115,8 @@ def engine_of(run: Run) -> Engine:
     NVIDIA's own runs: the rules of aiconfigurator's generator (benchmark/trtllm.rule, benchmark/vllm.rule), else the
     engines' defaults. TensorRT-LLM and vLLM: at most concurrency + prompt + 1,500 tokens a step. TensorRT-LLM: no
     chunked context, 80 % of what weights leave, overlap scheduler, FP8 KV beside FP8 weights. vLLM 0.12: 90 % of memory
-    and no asynchronous scheduling, so 1 ms of host time a step (data/llmservingsim, other GPUs). SGLang: prompts first,
-    8,192 tokens, 0.87 of memory, overlap scheduler.
+    and no asynchronous scheduling, so 0.65 ms of host time a step (docs/fidelity.md, another GPU). SGLang: prompts
+    first, 8,192 tokens, 0.87 of memory, overlap scheduler.
     """
     kv = "bf16" if run.number == "bf16" else "fp8"
     if run.inference_max:
@@ -129,7 +129,7 @@ def engine_of(run: Run) -> Engine:
         return Engine(PrefillFirst(8_192), 0.87, 0, "bf16")
     budget = run.concurrency + run.prompt_tokens + 1_500
     if run.backend == "vllm":
-        return Engine(SplitFuse(budget), 0.9, 1_000_000, "bf16")
+        return Engine(SplitFuse(budget), 0.9, 650_000, "bf16")
     return Engine(InFlight(budget), 0.8, 0, kv, True)
 
 

@@ -40,8 +40,8 @@ KERNEL_MS = 3e-3
 """Fixed time of a memory-bound kernel: gpu.mem_empirical_constant_latency of systems.csv, as NVIDIA ships it."""
 MEMORY_SHARE = 0.8
 """gpu.mem_bw_empirical_scaling_factor of systems.csv."""
-HOST_NS = 1_000_000
-"""Of vLLM runs on other GPUs (data/llmservingsim): tables alone were 1 ms a step too fast."""
+HOST_NS = 650_000
+"""Calibrated on a real vLLM run on another GPU (docs/fidelity.md, RTX PRO 6000)."""
 TOLERANCE = 0.02
 """Largest relative error of a piecewise linear function against what it was thinned from."""
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384)

@@ -32,7 +32,7 @@ from megalith.sim.instance import Instance
 from megalith.sim.kernel import Kernel
 from megalith.sim.live import NEVER, Live, Outcome
 from megalith.sim.migration import Migrations
-from megalith.sim.parties import MoveKind
+from megalith.sim.parties import Executor, MoveKind
 from megalith.sim.tracing import RunTrace
 from megalith.sim.transfer import Handoffs
 from megalith.sim.view import ClusterView, Facts
@@ -50,14 +50,6 @@ class Sink(StepSink, Protocol):
 
     def finished(self, live: Live) -> None:
         """A request ended."""
-        ...
-
-
-class Executor(Protocol):
-    """Carries out commands of some kinds; it tells itself how they end."""
-
-    def carry_out(self, command: Command) -> str | None:
-        """Begin. Returns why it refuses, or None."""
         ...
 
 
@@ -217,9 +209,7 @@ class Cluster:
         assert self.handoffs is not None
         live.decode_instance, live.transfer = target, route.transfer
         facts.promised_tokens += request.prompt_tokens + 1
-        decode = self.facts[target]
-        decode.outstanding += 1
-        decode.promised_tokens += request.prompt_tokens + request.max_new_tokens
+        self.facts[target].count(request, 1)
         self.handoffs.expect(request, route.instance, target, route.transfer)
 
     # What instances tell (Outlet)
@@ -316,8 +306,7 @@ class Cluster:
             live.transfer_ns += self.kernel.now_ns - live.first_ns
         else:
             live.migrations += 1
-            self.facts[target].outstanding += 1
-            self.facts[target].promised_tokens += live.request.prompt_tokens + live.request.max_new_tokens
+            self.facts[target].count(live.request, 1)
         if kind == "recompute":
             new.changed()
         else:
@@ -354,11 +343,9 @@ class Cluster:
             return None
         target = min(others, key=lambda facts: (facts.outstanding, facts.id)).id
         live = self.live[request_id]
-        most = live.request.prompt_tokens + live.request.max_new_tokens
-        for instance, sign in ((lost, -1), (target, 1)):
-            if instance in self.facts:
-                self.facts[instance].outstanding += sign
-                self.facts[instance].promised_tokens += sign * most
+        self.facts[target].count(live.request, 1)
+        if lost in self.facts:
+            self.facts[lost].count(live.request, -1)
         live.decode_instance = target
         return target
 
@@ -441,9 +428,7 @@ class Cluster:
         """It will not decode where it was to."""
         target, live.decode_instance = live.decode_instance, NEVER
         if target in self.facts:
-            decode = self.facts[target]
-            decode.outstanding -= 1
-            decode.promised_tokens -= live.request.prompt_tokens + live.request.max_new_tokens
+            self.facts[target].count(live.request, -1)
         if self.handoffs is not None:
             self.handoffs.gone(live.request.id)
 

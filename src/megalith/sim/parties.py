@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from megalith.policy.cluster import Event, InstanceFacts, InstanceId
+from megalith.policy.cluster import Command, Event, InstanceFacts, InstanceId
 from megalith.policy.facts import Request, RequestId
 from megalith.policy.scheduler import Scheduler
 from megalith.sim.kernel import Kernel
@@ -27,6 +27,14 @@ class KvShape(NamedTuple):
     def size(self, tokens: int, block_tokens: int) -> int:
         """Bytes of `tokens` tokens, up to whole blocks of `block_tokens`; 1 counts the tokens alone."""
         return -(-tokens // block_tokens) * block_tokens * self.bytes_per_token
+
+
+class Executor(Protocol):
+    """Carries out commands of some kinds; it tells itself how they end."""
+
+    def carry_out(self, command: Command) -> str | None:
+        """Begin. Returns why it refuses, or None."""
+        ...
 
 
 class Party(Protocol):

@@ -37,6 +37,11 @@ class Facts:
         self.clock = 1.0
         self.headroom_blocks = 0.0
 
+    def count(self, request: Request, sign: int) -> None:
+        """A request that decodes here comes (1) or goes (-1): what it may come to need counts from its routing on."""
+        self.outstanding += sign
+        self.promised_tokens += sign * (request.prompt_tokens + request.max_new_tokens)
+
     def running(self) -> int:
         """See InstanceFacts."""
         return self._instance.scheduler.num_running

@@ -5,11 +5,13 @@ Knows names (models, devices, policies) and turns them into objects; must not ru
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from megalith.base.errors import ConfigError, DoesNotFit
 from megalith.base.units import format_bytes
 from megalith.cost.compute import CostModel
+from megalith.cost.kernel_table import KernelTable
 from megalith.cost.memory import (
     RESIDENCY,
     MemoryRequest,
@@ -19,12 +21,13 @@ from megalith.cost.memory import (
     per_device_weights,
     weight_bytes,
 )
-from megalith.cost.operators import find_tables
 from megalith.cost.profile import Profile, from_device
 from megalith.cost.timer_analytic import AnalyticTimer
+from megalith.cost.timer_choice import KINDS, choose_timer
 from megalith.cost.timer_operators import OperatorTimer
 from megalith.cost.timer_phases import DeviceTimer, PhasePower
-from megalith.cost.timer_published import published
+from megalith.cost.timer_published import published, published_timers
+from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQuery, splitwise_tables
 from megalith.policy.batching import by_name
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
@@ -80,53 +83,56 @@ class Builder:
         return Scheduler(by_name(pool.policy, pool.token_budget), kv, limits)
 
     def _kind(self, pool: PoolSpec) -> Kind:
-        scenario = self.scenario
-        named = scenario.timer not in ("auto", "operators", "analytic")
-        profile = None if named else self._profile(pool)
-        if profile is None:
-            entry = published(scenario.timer)
-            timer: DeviceTimer = entry.timer()
-            timing = f"published model {scenario.timer}: {entry.source}"
-            capacity = None if entry.kv_tokens is None else entry.kv_tokens // pool.block_tokens
-            price = None
-        else:
-            timer, timing = self._timer(pool, profile)
-            capacity, price = None, profile.price_per_hour_usd
-        blocks = pool.kv_blocks or capacity or self._fitting_blocks(pool, profile)
+        name = pool.timer or self.scenario.timer
+        timer, timing, capacity = self._timer(pool, name)
+        profile = self._profile(pool)
+        blocks = pool.kv_blocks or capacity or self._fitting_blocks(pool, profile, name)
         context = min(self.spec.max_context, blocks * pool.block_tokens)
-        devices = pool.tensor_parallel * pool.pipeline_parallel
-        cost = None if price is None else price * devices
+        price = None if profile is None else profile.price_per_hour_usd
+        cost = None if price is None else price * pool.tensor_parallel * pool.pipeline_parallel
         return Kind(timer, blocks, pool.block_tokens, context, timing, cost, _power(timer))
 
-    def _profile(self, pool: PoolSpec) -> Profile:
+    def _profile(self, pool: PoolSpec) -> Profile | None:
         if pool.device in self._profiles:
             return self._profiles[pool.device]
-        return from_device(catalog.device(pool.device), self.scenario.weight_format)
+        known = catalog.find_device(pool.device)
+        return None if known is None else from_device(known, self.scenario.weight_format)
 
-    def _timer(self, pool: PoolSpec, profile: Profile) -> tuple[DeviceTimer, str]:
+    def _timer(self, pool: PoolSpec, name: str) -> tuple[DeviceTimer, str, int | None]:
+        """(timer, how it times and whence, KV blocks where they were published with it)."""
         scenario, spec = self.scenario, self.spec
-        if scenario.timer != "analytic" and pool.device not in self._profiles:
-            tables = find_tables(catalog.device(pool.device).name, spec.name)
-            try:
-                if tables is not None:
-                    measured = OperatorTimer(tables, pool.tensor_parallel, scenario.weight_format, scenario.kv_format)
-                    return measured, f"operator tables of {profile.name} for {spec.name}"
-                if scenario.timer == "operators":
-                    raise ConfigError(
-                        f"There are no operator tables for {spec.name} on {pool.device}.",
-                        "Use --timer analytic, which needs none.",
-                    )
-            except ConfigError:
-                if scenario.timer == "operators":
-                    raise
-        weights = weight_bytes(spec, scenario.weight_format)
-        cost = CostModel(spec, profile, weights, scenario.kv_format, pool.tensor_parallel)
-        return AnalyticTimer(cost), f"rates of {profile.name} ({profile.source})"
+        kind, _, option = name.partition(":")
+        if kind == "splitwise":
+            table = _splitwise_table(scenario.model, pool)
+            query = _token_query(option)
+            return table.timer(query), f"splitwise-sim's medians, {query} decode times", None
+        if kind == "tables":
+            directory, _, host_us = option.partition(":host_us=")
+            host_ns = round(float(host_us or 0) * 1000)
+            kernels = KernelTable.load(Path(directory), spec, pool.tensor_parallel, host_ns)
+            return kernels, f"kernel tables in {directory}, {host_ns / 1e6:g} ms host time a step", None
+        if name in published_timers():
+            entry = published(name)
+            blocks = None if entry.kv_tokens is None else entry.kv_tokens // pool.block_tokens
+            return entry.timer(), f"published model {name}: {entry.source}", blocks
+        own = pool.device in self._profiles or catalog.find_model(scenario.model) is None
+        if name in KINDS and own:
+            profile = self._profile(pool)
+            if profile is None:
+                raise ConfigError(f"There is no device {pool.device!r}.", "`megalith simulate --list` names them.")
+            weights = weight_bytes(spec, scenario.weight_format)
+            cost = CostModel(spec, profile, weights, scenario.kv_format, pool.tensor_parallel)
+            return AnalyticTimer(cost), f"rates of {profile.name} ({profile.source})", None
+        timer = choose_timer(
+            name, scenario.model, pool.device, pool.tensor_parallel, scenario.weight_format, scenario.kv_format
+        )
+        source = "operator tables" if isinstance(timer, OperatorTimer) else "rates of the data sheet"
+        return timer, f"{source} of {pool.device}", None
 
-    def _fitting_blocks(self, pool: PoolSpec, profile: Profile | None) -> int:
+    def _fitting_blocks(self, pool: PoolSpec, profile: Profile | None, name: str) -> int:
         if profile is None:
             raise ConfigError(
-                f"The published timer {self.scenario.timer!r} says nothing of KV capacity.",
+                f"The timer {name!r} says nothing of KV capacity, and the catalogue has no device {pool.device!r}.",
                 f"Give pool {pool.name!r} its kv_blocks.",
             )
         spec, scenario = self.spec, self.scenario
@@ -157,3 +163,27 @@ def _power(timer: DeviceTimer) -> PhasePower | None:
         return timer.power_w()
     except ConfigError:
         return None
+
+
+def _splitwise_table(model: str, pool: PoolSpec) -> SplitwiseTable:
+    tables = splitwise_tables()
+    spec, device = catalog.find_model(model), catalog.find_device(pool.device)
+    capped = pool.power_cap is not None
+    for table in tables.values():
+        same = catalog.find_model(table.model) is spec and catalog.find_device(table.device) is device
+        if same and (table.tensor_parallel, table.capped) == (pool.tensor_parallel, capped):
+            return table
+    raise ConfigError(
+        f"splitwise-sim has no measurements of {model} on {pool.device} with tensor parallel {pool.tensor_parallel}"
+        f"{' and a power cap' if pool.power_cap is not None else ''}.",
+        f"It has: {', '.join(sorted(tables))}.",
+    )
+
+
+def _token_query(text: str) -> TokenQuery:
+    for query in TOKEN_QUERIES:
+        if text == query:
+            return query
+    if text:
+        raise ConfigError(f"splitwise timers know no {text!r}.", f"Known: {', '.join(TOKEN_QUERIES)}.")
+    return TOKEN_QUERIES[0]

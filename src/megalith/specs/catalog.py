@@ -124,6 +124,12 @@ def model(name: str) -> ModelSpec:
     return entry(name).spec
 
 
+def find_device(name: str) -> DeviceSpec | None:
+    """The catalogue device called `name`, or an alias of it, in any case; else None."""
+    found = _device_index().get(canonical(name))
+    return devices()[found] if found else None
+
+
 def device(name: str) -> DeviceSpec:
     """A catalogue device by name or alias. Raises ConfigError with the nearest names."""
     found = _device_index().get(canonical(name))

@@ -27,6 +27,8 @@ class PoolSpec(Config, kw_only=True):
     role: Literal["mixed", "prefill", "decode"] = "mixed"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    timer: str | None = None
+    """How its steps are timed; None: as the scenario says."""
     policy: str = "splitfuse"
     """Batch policy of each instance."""
     token_budget: int = 2048

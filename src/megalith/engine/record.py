@@ -118,11 +118,11 @@ class RecordingScheduler(Scheduler):
         self._record_clock = clock
         self._record = DecisionWriter(path, header_of(policy, kv, limits, model))
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, sampled: int = 0) -> None:
         """See Scheduler; a refusal is recorded too."""
         refused = ""
         try:
-            super().add(request)
+            super().add(request, sampled)
         except Exception as error:
             refused = type(error).__name__
             raise
@@ -130,6 +130,7 @@ class RecordingScheduler(Scheduler):
             call = AddCall(
                 self._record_clock.now_ns(), request.id, request.arrival_ns, request.prompt_tokens,
                 request.max_new_tokens, request.priority, request.prefix_hashes, refused,
+                sampled,
             )  # fmt: skip
             self._record.append(call)
 
@@ -156,11 +157,13 @@ class RecordingScheduler(Scheduler):
         self._record.append(AgainCall(self._record_clock.now_ns(), answer))
         return answer
 
-    def complete(self, plan: StepPlan, finished: Iterable[RequestId] = (), steps: int = 1) -> None:
+    def complete(
+        self, plan: StepPlan, finished: Iterable[RequestId] = (), steps: int = 1, under_way: bool = False
+    ) -> None:
         """See Scheduler."""
         ended = tuple(finished)
-        super().complete(plan, ended, steps)
-        self._record.append(CompleteCall(self._record_clock.now_ns(), ended, steps))
+        super().complete(plan, ended, steps, under_way)
+        self._record.append(CompleteCall(self._record_clock.now_ns(), ended, steps, under_way))
 
     def close(self) -> None:
         """Finish the log. Idempotent."""

@@ -75,6 +75,7 @@ class AddCall(_Call, frozen=True, array_like=True, gc=False, tag="add"):
     priority: int
     prefix_hashes: tuple[int, ...]
     refused: str = ""
+    sampled: int = 0
 
 
 class AbortCall(_Call, frozen=True, array_like=True, gc=False, tag="abort"):
@@ -111,6 +112,7 @@ class CompleteCall(_Call, frozen=True, array_like=True, gc=False, tag="complete"
 
     finished: tuple[int, ...]
     steps: int
+    under_way: bool = False
 
 
 class EndCall(_Call, frozen=True, array_like=True, gc=False, tag="end"):
@@ -285,7 +287,7 @@ class _Shadow:
             call.id, call.arrival_ns, call.prompt_tokens, call.max_new_tokens, call.priority, call.prefix_hashes
         )  # fmt: skip
         try:
-            self.scheduler.add(request)
+            self.scheduler.add(request, call.sampled)
         except (MegalithError, ValueError) as error:
             return type(error).__name__
         return "accepted"
@@ -299,7 +301,7 @@ class _Shadow:
 
     def _complete(self, call: CompleteCall) -> str:
         try:
-            self.scheduler.complete(self._plan, call.finished, call.steps)
+            self.scheduler.complete(self._plan, call.finished, call.steps, call.under_way)
         except ValueError as error:
             return f"ValueError: {error}"
         return "accepted"

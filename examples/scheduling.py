@@ -121,7 +121,7 @@ HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def policies() -> str:
-    """The three batch policies on the same arrivals, with room for everyone."""
+    """The batch policies on the same arrivals, with room for everyone."""
     lines = [HEAD]
     for name in POLICY_NAMES:
         kv = KvAccount(2000, BLOCK_TOKENS)

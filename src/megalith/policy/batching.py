@@ -44,6 +44,13 @@ class StepShape:
     """True: a prompt may be cut to fit the budget. False: prompts go whole; one that is longer than the budget goes
     alone."""
     admission: Admission
+    prompts_first: bool = False
+    """In a mixed step: prompts first, then decodes in what the budget has left. Decodes that are left out keep their
+    place and their KV, and go before the other decodes in the next step."""
+    max_left_out: int = 1 << 30
+    """A decode that was left out of so many steps in a row goes before prompts, too."""
+    padded: bool = False
+    """The budget of a step of prompts counts rows times the longest of them, as if all were filled up to it."""
 
 
 class BatchPolicy(Protocol):
@@ -107,9 +114,52 @@ class FirstCome:
         return self._drain if facts.running else self._gather
 
 
-_POLICIES: dict[str, type[SplitFuse] | type[PrefillFirst] | type[FirstCome]] = {
-    policy.name: policy for policy in (SplitFuse, PrefillFirst, FirstCome)
-}
+class PaddedPrefillFirst:
+    """Prefill-first with a budget of padded tokens: rows times the longest prompt of the step.
+
+    As vLLM did before it took prompts without padding, and as the `vllm` scheduler of Vidur does.
+    """
+
+    name: ClassVar[str] = "prefill-first-padded"
+
+    def __init__(self, token_budget: int) -> None:
+        self._shape = StepShape(
+            _checked(token_budget), mixed=False, split=False, admission=Admission.BUDGET, padded=True
+        )
+
+    def shape(self, facts: BatchFacts) -> StepShape:  # noqa: ARG002 - the same shape for every fact
+        """Always prompts first."""
+        return self._shape
+
+
+class PromptsThenDecodes:
+    """Whole prompts up to the budget, then decodes in what is left of it, in the same step.
+
+    The batching of Splitwise's machines (Patel et al., ISCA 2024; splitwise-sim, instance.py, SplitwiseInstance): on a
+    machine with both, a prompt makes decodes wait only when the step is full, and none waits more than four steps.
+    """
+
+    name: ClassVar[str] = "splitwise"
+    MAX_LEFT_OUT: ClassVar[int] = 4
+
+    def __init__(self, token_budget: int) -> None:
+        self._shape = StepShape(
+            _checked(token_budget),
+            mixed=True,
+            split=False,
+            admission=Admission.BUDGET,
+            prompts_first=True,
+            max_left_out=self.MAX_LEFT_OUT,
+        )
+
+    def shape(self, facts: BatchFacts) -> StepShape:  # noqa: ARG002 - the same shape for every fact
+        """Always mixed."""
+        return self._shape
+
+
+_POLICIES: dict[
+    str, type[SplitFuse] | type[PrefillFirst] | type[FirstCome] | type[PaddedPrefillFirst] | type[PromptsThenDecodes]
+] = {policy.name: policy for policy in (SplitFuse, PrefillFirst, FirstCome, PaddedPrefillFirst, PromptsThenDecodes)}
 POLICY_NAMES: tuple[str, ...] = tuple(_POLICIES)
 
 

@@ -185,11 +185,18 @@ class Draft:
             if sequence.phase is not Phase.RUNNING:
                 continue  # it stepped aside for one before it
             remaining = sequence.known_ - sequence.base
-            if remaining > self._left and not split and self.rows:
+            if not split and self.rows and self._exceeds(remaining):
                 return  # it goes first in the next step
             if not self._grown(sequence):
                 return
             self._take(sequence, min(remaining, self._left) if split else remaining)
+
+    def _exceeds(self, remaining: int) -> bool:
+        """Whether one more whole prompt is more than the budget allows."""
+        if self._shape.padded:
+            longest = max(remaining, *[chunk.new_tokens for chunk in self.chunks])
+            return (len(self.chunks) + 1) * longest > self._shape.token_budget
+        return remaining > self._left
 
     def _admit(self, head: Sequence) -> bool:
         """Bring the head of the queue onto the device if there is room and nothing is gained by waiting a step."""

@@ -62,6 +62,10 @@ class Roster:
         self.prompts: list[Sequence] = []
         """Other running requests, in rank order: they have known tokens to compute before they sample again."""
         self.queue = RankQueue()
+        self.left_out: dict[RequestId, int] = {}
+        """Who decodes but was not in the last step, in the order in which they were left out -> steps in a row."""
+        self.seats: dict[RequestId, int] = {}
+        """Who decodes -> its place among them, for those that were there when a step last left somebody out."""
         self.num_swapped = 0
         self.num_incoming = 0
 

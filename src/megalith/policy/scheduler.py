@@ -25,10 +25,11 @@ from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
 from megalith.policy.batching import BatchFacts, BatchPolicy, StepShape
 from megalith.policy.cohort import Cohort
 from megalith.policy.draft import Draft
+from megalith.policy.draft_prompts import PromptsFirstDraft
 from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
 from megalith.policy.kv import IntegrityError, KvAccount, Short
 from megalith.policy.roster import Counters, Roster
-from megalith.policy.sequence import Phase, Sequence
+from megalith.policy.sequence import Phase, Sequence, sequence_of
 
 _rank = attrgetter("rank")
 _NO_ROWS: list[Sequence] = []
@@ -106,10 +107,7 @@ class Scheduler:
                 f"{len(self._roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
                 "Try again shortly, or raise the limit.",
             )
-        sequence = Sequence(request)
-        if sampled:
-            sequence.known_ += sampled
-        self._roster.add(sequence)
+        self._roster.add(sequence_of(request, sampled))
         self._changed = True
 
     def abort(self, request_id: RequestId) -> bool:
@@ -152,7 +150,7 @@ class Scheduler:
         opened = self.kv.open(request.id, max(1, known_tokens - 1), (), reserve)
         if isinstance(opened, Short):
             return False
-        sequence = Sequence(request)
+        sequence = sequence_of(request)
         sequence.known_, sequence.table, sequence.phase = known_tokens, opened.table, Phase.INCOMING
         sequence.cached, sequence.hashes = 0, ()
         roster.sequences[request.id] = sequence
@@ -228,12 +226,14 @@ class Scheduler:
             return self._decode_plan(decodes, self._runs_left - 1)
         queue = roster.queue.items
         shape = self._shape or self.policy.shape(BatchFacts(roster.num_running, len(queue)))
-        if not roster.prompts and not queue and not (shape.mixed and decodes > shape.token_budget):
+        crowded = roster.left_out or (shape.mixed and decodes > shape.token_budget)
+        if not roster.prompts and not queue and not crowded:
             if not decodes:
                 return self._issue(StepPlan(), _NO_ROWS)
             if cohort.begin():
                 return self._decode_plan(decodes, cohort.further_runs())
-        draft = Draft(roster, shape, self.limits.max_sequences, self.limits.preempt)
+        make = PromptsFirstDraft if shape.prompts_first else Draft
+        draft = make(roster, shape, self.limits.max_sequences, self.limits.preempt)
         if draft.fill():
             # Whoever waits now waits until one of these is done: free blocks only get fewer.
             return self._decode_plan(draft.decodes, cohort.further_runs())
@@ -412,4 +412,3 @@ class Scheduler:
                 f"of {self.kv.block_tokens} tokens; this instance has {capacity}.",
                 f"Prompt and new tokens together may be at most {room + 1}.",
             )
-

@@ -4,8 +4,8 @@
 
 Each run of the live engine (SmolLM2 135M, native backend, one thread, random prompts of the trace's lengths) writes a
 decision log. Logs of calibration runs give this machine's profile (`cost.calibrate_steps`); every log, also those of
-the reported traces, is replayed into fresh policy objects, which must decide the same. Then the simulator's instance
-runs each reported trace over the same scheduler options and that profile. No reported run is ever fitted.
+the reported traces, is replayed into fresh policy objects, which must decide the same. Then the simulator runs each
+reported trace on one instance with the same scheduler options and that profile. No reported run is ever fitted.
 
 `--clock processor` drives the engine on the processor time of its own thread, arrivals on the same clock and idle time
 jumped over, so that other programs on the machine do not count to first order. They still share caches and memory, and
@@ -51,16 +51,17 @@ from megalith.engine.sequence import Admitted
 from megalith.plan import machine as plan_machine
 from megalith.plan.source import resolve
 from megalith.policy.batching import by_name
-from megalith.policy.facts import Request
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
 from megalith.report.percentiles import percentile
-from megalith.sim.instance import Instance
-from megalith.sim.kernel import Kernel
-from megalith.sim.live import Live
+from megalith.sim.build import Builder
+from megalith.sim.record import Recorder
 from megalith.sim.recorded import recorded_steps
+from megalith.sim.run import Run
+from megalith.sim.scenario import Scenario
 from megalith.sim.shadow import replay
 from megalith.specs.arrivals import Arrivals, OnOffArrivals, PoissonArrivals
+from megalith.specs.fleet import FleetSpec, PolicySpec, PoolSpec
 from megalith.specs.lengths import LognormalLength, QuantileLength
 from megalith.specs.shape import RequestShape
 from megalith.specs.workload import WorkloadSpec, open_workload
@@ -124,7 +125,7 @@ def study(options: argparse.Namespace, folder: Path) -> None:
     for repeat in range(options.repeats):
         for name in TRACES:
             for policy in POLICIES:
-                live.run(Run(name, policy, repeat, folder))
+                live.run(LiveRun(name, policy, repeat, folder))
     others = load.other_cores(time.process_time() - used_s)
     cost = live.cost()
     steps = [step for run in live.runs for step in run.calibration_steps()]
@@ -171,7 +172,7 @@ class Times:
 
 
 @dataclass
-class Run:
+class LiveRun:
     """One run of the live engine on a reported trace, and the calibration beside it."""
 
     trace: str
@@ -250,7 +251,7 @@ class LiveEngine:
 
     def __init__(self, clock: str, driver: str, folder: Path) -> None:
         self.clock, self.driver, self.folder = clock, driver, folder
-        self.runs: list[Run] = []
+        self.runs: list[LiveRun] = []
         self.built = build_engine(config("prefill-first"))
         self.beside = build_engine(config("prefill-first"))
         """Runs the calibration traces."""
@@ -269,7 +270,7 @@ class LiveEngine:
         profile = plan_machine.uncalibrated("native", 1, plan_machine.stored_facts())
         return CostModel(self.built.model.spec, profile, planned.weights("native", None), self.built.fit.plan.kv_format)
 
-    def run(self, run: Run) -> None:
+    def run(self, run: LiveRun) -> None:
         """Do it, with a calibration beside it or before it."""
         begin = time.perf_counter()
         if self.clock == "processor":
@@ -287,7 +288,7 @@ class LiveEngine:
         span_s = max(times.finish_ns for times in run.times.values()) / NS_PER_S
         print(f"{run.name}: {span_s:.1f} s of trace in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
 
-    def _in_turns(self, run: Run) -> None:
+    def _in_turns(self, run: LiveRun) -> None:
         """The reported run and calibrations, half a second of processor time each."""
         reported, calibration = self._loop(run), self._calibration(run)
         for now_ns in reported:
@@ -295,12 +296,12 @@ class LiveEngine:
             run.turns.append((now_ns, self._calibration_steps))
         calibration.close()
 
-    def _loop(self, run: Run) -> Iterator[int]:
+    def _loop(self, run: LiveRun) -> Iterator[int]:
         clock = RunClock(self.clock)
         engine = self._engine(self.built, run.policy, clock, run.log)
         yield from through_loop(engine, clock, list(self._admitted(run.trace)), run.times)
 
-    def _calibration(self, run: Run) -> Iterator[int]:
+    def _calibration(self, run: LiveRun) -> Iterator[int]:
         """Calibration traces in turn: on the wall clock one, else until nobody asks any more."""
         self._calibration_steps = 0
         while True:
@@ -380,7 +381,7 @@ def through_loop(engine: Engine, clock: RunClock, requests: list[Admitted], time
             engine.scheduler.close()
 
 
-async def through_service(run: Run) -> None:
+async def through_service(run: LiveRun) -> None:
     """Through the asyncio engine with its own thread, in wall time."""
     built = build_engine(config(run.policy, str(run.log)))
     random = np.random.default_rng(5)
@@ -406,35 +407,45 @@ async def through_service(run: Run) -> None:
 # The simulator
 
 
-class Outlet:
-    """Where a simulated instance says what happened; the times are in the requests themselves."""
+class Keeper(Recorder):
+    """Keeps every request that ended."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[Any] = []
+
+    def finished(self, live: Any) -> None:
+        super().finished(live)
+        self.ended.append(live)
 
 
 def simulated(trace: str, policy: str, cost: CostModel, speeds: list[tuple[int, float]]) -> dict[int, Times]:
-    """The trace on the simulator's instance, with the scheduler options of the live engine."""
-    kernel = Kernel()
-    kv, limits = account()
-    timer = AnalyticTimer(cost, speeds[0][1])
-    instance = Instance(0, kernel, Scheduler(by_name(policy, BUDGET), kv, limits), timer, Outlet())
+    """The trace on one simulated instance of this machine, with the scheduler options of the live engine."""
+    workload, seed = TRACES[trace]
+    pool = PoolSpec(
+        name="here", device="this-machine", count=1, policy=policy, token_budget=BUDGET, max_sequences=SEQUENCES,
+        max_waiting=1024 + SEQUENCES, block_tokens=BLOCK_TOKENS, kv_blocks=BLOCKS, watermark=0.01,
+    )  # fmt: skip
+    scenario = Scenario(
+        model=cost.spec.name, fleet=FleetSpec(pools=(pool,), router=PolicySpec("round-robin")), workload=workload,
+        seed=seed, timer="analytic", max_context=CONTEXT,
+    )  # fmt: skip
+    keeper = Keeper()
+    run = Run(scenario, Builder(scenario, cost.spec, {"this-machine": cost.profile}), keeper)
+    (instance,) = run.cluster.instances.values()
+    instance.timer = AnalyticTimer(cost, speeds[0][1])
 
     def change_speed(factor: float) -> None:
-        instance.interrupt(kernel.now_ns)
+        instance.interrupt(run.kernel.now_ns)
         instance.timer = AnalyticTimer(cost, factor)
 
     for at_ns, factor in speeds[1:]:
-        kernel.at(at_ns, change_speed, factor)
-    lives = []
-    for shape in shapes_of(trace):
-        request = Request(shape.index, shape.at_ns or 0, shape.input_tokens, shape.output_tokens)
-        lives.append(Live(request, shape.output_tokens))
-        kernel.at(shape.at_ns or 0, instance.submit, lives[-1])
-    kernel.run()
+        run.kernel.at(at_ns, change_speed, factor)
+    while run.advance():
+        pass
     return {
         live.request.id: Times(live.request.arrival_ns, live.output_tokens, live.first_ns, live.finish_ns)
-        for live in lives
+        for live in keeper.ended
     }
 
 
@@ -453,7 +464,7 @@ def shadow(log: Path, policy: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare(runs: list[Run], cost: CostModel, steady: bool) -> dict[str, Any]:
+def compare(runs: list[LiveRun], cost: CostModel, steady: bool) -> dict[str, Any]:
     """Percentiles of all repeats together against those simulated, and the repeats against each other."""
     name, policy = runs[0].trace, runs[0].policy
     factors = [1.0 / (1.0 + bias(cost, run.calibration_steps())) for run in runs]

@@ -147,9 +147,13 @@ class Network:
         if num_bytes == 0:
             self._land(transfer)
         elif self._contention:
+            alone = not ports[0].moving and not ports[1].moving
             for port in ports:
                 port.moving[transfer] = most
-            self._share(ports)
+            if alone:
+                self._set_rate(transfer, most)
+            else:
+                self._share(ports)
         else:
             self._set_rate(transfer, most)
         return transfer
@@ -233,9 +237,10 @@ class Network:
 
     def _release(self, transfer: Transfer) -> None:
         if self._contention:
-            for port in transfer._ports:
-                del port.moving[transfer]
-            self._share(transfer._ports)
+            out, into = transfer._ports
+            del out.moving[transfer], into.moving[transfer]
+            if out.moving or into.moving:
+                self._share(transfer._ports)
 
     def _land(self, transfer: Transfer) -> None:
         transfer.state = "landing"
@@ -259,8 +264,6 @@ class Network:
     def _share(self, changed: tuple[_Port, _Port]) -> None:
         """Give every transfer that shares ports with the changed ones, directly or in turn, its rate."""
         moving, ports = _reach(changed)
-        if not moving:
-            return
         for transfer, rate in _fill(moving, ports):
             if rate != transfer._rate:
                 self._settle(transfer)

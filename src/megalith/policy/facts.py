@@ -63,7 +63,7 @@ class Resume(NamedTuple):
     device_blocks: tuple[BlockId, ...]
 
 
-class StepPlan:
+class StepPlan(msgspec.Struct, eq=False, gc=False):
     """What one instance does in its next step, and for how long that stays the right thing to do.
 
     Order of execution: every Preempt copy, then every Resume copy, then the forward pass over `chunks`: first the
@@ -75,40 +75,30 @@ class StepPlan:
     that the KV cache would run out. The engine uses it to skip scheduling, the simulator to leap.
     """
 
-    __slots__ = ("_chunks", "_decoding", "decode_context_sum", "decodes", "listed", "preempts", "repeats", "resumes")
-
-    def __init__(
-        self,
-        listed: tuple[Chunk, ...] = (),
-        decodes: int = 0,
-        decode_context_sum: int = 0,
-        decoding: Callable[[], list[Chunk]] | None = None,
-        repeats: int = 0,
-        preempts: tuple[Preempt, ...] = (),
-        resumes: tuple[Resume, ...] = (),
-    ) -> None:
-        self.listed = listed
-        self.decodes = decodes
-        self.decode_context_sum = decode_context_sum
-        """Tokens that the decodes have in the KV cache before the step, together."""
-        self.preempts = preempts
-        self.resumes = resumes
-        self.repeats = repeats
-        self._decoding = decoding
-        self._chunks: tuple[Chunk, ...] | None = None
+    listed: tuple[Chunk, ...] = ()
+    decodes: int = 0
+    decode_context_sum: int = 0
+    """Tokens that the decodes have in the KV cache before the step, together."""
+    decoding: Callable[[], list[Chunk]] | None = None
+    """Makes the chunks of the decodes, until the plan is completed."""
+    repeats: int = 0
+    preempts: tuple[Preempt, ...] = ()
+    resumes: tuple[Resume, ...] = ()
+    made: tuple[Chunk, ...] | None = None
+    """What `chunks` answered."""
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
         """All chunks, in the order of the rows. Made when first read, so read it before the plan is completed."""
-        if self._chunks is None:
-            if self.decodes and self._decoding is None:
+        if self.made is None:
+            if self.decodes and self.decoding is None:
                 raise RuntimeError("the chunks of a plan are to be read before it is completed")
-            self._chunks = (*self._decoding(), *self.listed) if self._decoding is not None else self.listed
-        return self._chunks
+            self.made = (*self.decoding(), *self.listed) if self.decoding is not None else self.listed
+        return self.made
 
     def close(self) -> None:
         """The plan is completed: its decodes move on, and chunks that were not read are gone."""
-        self._decoding = None
+        self.decoding = None
 
     @property
     def empty(self) -> bool:
@@ -127,7 +117,3 @@ class StepPlan:
         return mine == (other.chunks, other.preempts, other.resumes, other.repeats)
 
     __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        parts = f"listed={self.listed}, decodes={self.decodes}, repeats={self.repeats}"
-        return f"StepPlan({parts}, preempts={self.preempts}, resumes={self.resumes})"

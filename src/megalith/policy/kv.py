@@ -32,6 +32,8 @@ from collections import Counter, OrderedDict
 from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from megalith.base.errors import ConfigError
 from megalith.policy.facts import BlockId, RequestId
 
@@ -40,8 +42,7 @@ class IntegrityError(RuntimeError):
     """The books do not add up: a bug of ours, never the user's doing."""
 
 
-@dataclass(slots=True)
-class BlockTable:
+class BlockTable(msgspec.Struct, eq=False, gc=False):
     """The device blocks of one request; token p lives in blocks[p // block_tokens]. Only KvAccount changes it."""
 
     blocks: list[BlockId]

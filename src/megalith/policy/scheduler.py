@@ -29,7 +29,7 @@ from megalith.policy.draft_prompts import PromptsFirstDraft
 from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
 from megalith.policy.kv import IntegrityError, KvAccount, Short
 from megalith.policy.roster import Counters, Roster
-from megalith.policy.sequence import Phase, Sequence
+from megalith.policy.sequence import Phase, Sequence, sequence_of
 
 _rank = attrgetter("rank")
 _NO_ROWS: list[Sequence] = []
@@ -107,10 +107,7 @@ class Scheduler:
                 f"{len(self._roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
                 "Try again shortly, or raise the limit.",
             )
-        sequence = Sequence(request)
-        if sampled:
-            sequence.known_ += sampled
-        self._roster.add(sequence)
+        self._roster.add(sequence_of(request, sampled))
         self._changed = True
 
     def abort(self, request_id: RequestId) -> bool:
@@ -153,7 +150,7 @@ class Scheduler:
         opened = self.kv.open(request.id, max(1, known_tokens - 1), (), reserve)
         if isinstance(opened, Short):
             return False
-        sequence = Sequence(request)
+        sequence = sequence_of(request)
         sequence.known_, sequence.table, sequence.phase = known_tokens, opened.table, Phase.INCOMING
         sequence.cached, sequence.hashes = 0, ()
         roster.sequences[request.id] = sequence
@@ -415,4 +412,3 @@ class Scheduler:
                 f"of {self.kv.block_tokens} tokens; this instance has {capacity}.",
                 f"Prompt and new tokens together may be at most {room + 1}.",
             )
-

@@ -7,13 +7,17 @@ from collections import deque
 from collections.abc import Iterator
 from enum import Enum, auto
 from operator import attrgetter
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
 
 from megalith.policy.facts import Request
 from megalith.policy.kv import BlockTable
 
 if TYPE_CHECKING:
     from megalith.policy.cohort import Cohort
+else:
+    Cohort = Any
 
 Rank: TypeAlias = tuple[int, int, int]
 """(-priority, arrival, id): the smaller goes first, and nobody ties."""
@@ -34,7 +38,7 @@ class Phase(Enum):
     GONE = auto()
 
 
-class Sequence:
+class Sequence(msgspec.Struct, eq=False, gc=False):
     """The tokens of one request by count: `known` exist, the first `computed` of them are in the KV cache.
 
     Known tokens are the prompt and what was sampled so far; they stay known when the request is preempted. A running
@@ -42,24 +46,22 @@ class Sequence:
     the cohort's clock, and `base` is its computed tokens less that clock.
     """
 
-    __slots__ = ("base", "cached", "cohort", "edge", "end", "hashes", "known_", "phase", "rank", "request", "table")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.rank: Rank = (-request.priority, request.arrival_ns, request.id)
-        self.known_ = request.prompt_tokens
-        """Known tokens while outside the cohort."""
-        self.end = request.prompt_tokens + request.max_new_tokens
-        self.base = 0
-        """Computed tokens, less the clock of the cohort while inside it."""
-        self.cohort: Cohort | None = None
-        self.edge = 0
-        """In the cohort: the clock at which the next step needs a block more than the table has (see Cohort)."""
-        self.cached: int | None = None
-        """Tokens that the prefix cache had at the first admission; None before it."""
-        self.phase = Phase.WAITING
-        self.table = NO_BLOCKS
-        self.hashes: list[int] | tuple[int, ...] = request.prefix_hashes
+    request: Request
+    rank: Rank
+    known_: int
+    """Known tokens while outside the cohort."""
+    end: int
+    """Known tokens when it has all of them."""
+    table: BlockTable
+    hashes: list[int] | tuple[int, ...] = ()
+    base: int = 0
+    """Computed tokens, less the clock of the cohort while inside it."""
+    cohort: Cohort | None = None
+    edge: int = 0
+    """In the cohort: the clock at which the next step needs a block more than the table has (see Cohort)."""
+    cached: int | None = None
+    """Tokens that the prefix cache had at the first admission; None before it."""
+    phase: Phase = Phase.WAITING
 
     @property
     def computed(self) -> int:
@@ -76,6 +78,14 @@ class Sequence:
         if isinstance(self.hashes, tuple):
             self.hashes = list(self.hashes)
         self.hashes.append(block_hash)
+
+
+def sequence_of(request: Request, sampled: int = 0) -> Sequence:
+    """A request that has just come, with `sampled` tokens that exist already."""
+    prompt = request.prompt_tokens
+    rank = (-request.priority, request.arrival_ns, request.id)
+    end = prompt + request.max_new_tokens
+    return Sequence(request, rank, prompt + sampled, end, NO_BLOCKS, request.prefix_hashes)
 
 
 class RankQueue:

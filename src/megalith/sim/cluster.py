@@ -162,7 +162,6 @@ class Cluster:
         self.ended += 1
         self.sink.finished(live)
         if self.trace is not None:
-            live.finish_ns = self.kernel.now_ns
             self.trace.finished(live)
         self.kernel.log(FINISH, live.request.id, live.generated)
         if "finish" in self._listeners:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from megalith.base.errors import ConfigError, DoesNotFit
 from megalith.base.units import format_bytes
 from megalith.cost.compute import CostModel
@@ -31,6 +33,8 @@ from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQu
 from megalith.policy.batching import by_name
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
+from megalith.sim.record import Recorder, Sink
+from megalith.sim.reference import alone
 from megalith.sim.scenario import Scenario
 from megalith.specs import catalog
 from megalith.specs.fleet import PoolSpec
@@ -81,6 +85,16 @@ class Builder:
         kv = KvAccount(blocks, pool.block_tokens, pool.host_blocks, pool.prefix_cache, int(pool.watermark * blocks))
         limits = Limits(max_sequences=pool.max_sequences, max_waiting=pool.max_waiting, preempt=pool.preempt)
         return Scheduler(by_name(pool.policy, pool.token_budget), kv, limits)
+
+    def recorder(self, sink: Sink | None = None) -> Recorder:
+        """A recorder for the scenario, with the reference of its slowdowns where it has some."""
+        scenario = self.scenario
+        if scenario.slo is None or not scenario.slo.needs_reference:
+            return Recorder(scenario.slo, sink=sink)
+        first = scenario.fleet.pools[0]
+        pool = msgspec.structs.replace(first, name="reference", device=scenario.reference, power_cap=None)
+        timer, _, _ = self._timer(pool, first.timer or scenario.timer)
+        return Recorder(scenario.slo, alone(timer), sink=sink)
 
     def _kind(self, pool: PoolSpec) -> Kind:
         name = pool.timer or self.scenario.timer

@@ -43,6 +43,10 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     price_per_hour_usd: float | None
     price_per_million_tokens_usd: float | None
     """Per million output tokens at the steady rate."""
+    instance_hours: float
+    """Instances that were on, starting and draining ones included, times hours."""
+    events: dict[str, int]
+    """What moved or broke: hand-offs, migrations, failures, starts, brakes; what never happened is left out."""
 
 
 class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +133,14 @@ def run_tables(figures: RunFigures, machine: MachineTime | None = None) -> dict[
     if machine is not None:
         tables["machine"] = _machine_table(machine)
     last = tables["machine" if machine is not None else "resources"]
-    last.notes.extend([*figures.notes, f"seed {figures.seed}, digest {figures.digest}"])
+    happened = ", ".join(f"{count:,} {name}" for name, count in figures.resources.events.items())
+    last.notes.extend(
+        [
+            *([f"Simulated: {happened}."] if happened else []),
+            *figures.notes,
+            f"seed {figures.seed}, digest {figures.digest}",
+        ]
+    )
     return tables
 
 
@@ -151,7 +162,22 @@ def _resources(result: SimResult) -> Resources:
         joules_per_token=None if energy_j is None or not tokens else energy_j / tokens,
         price_per_hour_usd=price,
         price_per_million_tokens_usd=None if price is None or rate <= 0 else price / (rate * 3600) * 1e6,
+        instance_hours=result.instance_hours,
+        events={name: count for name, count in _happened(result).items() if count},
     )
+
+
+def _happened(result: SimResult) -> dict[str, int]:
+    handoffs, moves, faults, scaling = result.handoffs, result.migrations, result.faults, result.scaling
+    happened = {
+        "hand-offs": handoffs.done, "hand-offs that waited": handoffs.waited, "hand-offs given up": handoffs.kept,
+        "migrations": moves.done, "migrations aborted": moves.aborted, "migrations refused": moves.refused,
+        "failures": faults.failures, "repairs": faults.repairs, "requests re-queued by failures": faults.requeued,
+        "stragglers": faults.stragglers, "instances started": scaling.started, "instances stopped": scaling.stopped,
+    }  # fmt: skip
+    if result.power is not None:
+        happened |= {"power samples above budget": result.power.violations, "brakes": result.power.brakes}
+    return happened
 
 
 def _notes(record: RecordFigures) -> list[str]:
@@ -263,6 +289,7 @@ def _resources_table(resources: Resources) -> Table:
         "energy_j": ("energy, J", "count"),
         "peak_power_w": ("peak power, W", "count"),
         "joules_per_token": ("J/token", "number"),
+        "instance_hours": ("instance hours", "number"),
         "price_per_hour_usd": ("$/h", "number"),
         "price_per_million_tokens_usd": ("$/million tokens", "number"),
     }

@@ -22,6 +22,7 @@ from megalith.policy.cluster import InstanceId, Migrate
 from megalith.policy.facts import Request
 from megalith.sim.build import Builder
 from megalith.sim.cluster import Cluster
+from megalith.sim.faults import FaultCounters
 from megalith.sim.instance import Instance
 from megalith.sim.kernel import Kernel
 from megalith.sim.live import Live
@@ -29,9 +30,11 @@ from megalith.sim.migration import MigrationCounters, Migrations
 from megalith.sim.network import Network
 from megalith.sim.operations import Operations
 from megalith.sim.parties import KvShape
+from megalith.sim.power import PowerCounters
 from megalith.sim.record import Recorder
 from megalith.sim.record_figures import RecordFigures
 from megalith.sim.samples import Samples
+from megalith.sim.scaling import ScalingCounters
 from megalith.sim.scenario import Scenario
 from megalith.sim.series import InstanceSample, Series
 from megalith.sim.tempo import Tempos
@@ -79,8 +82,13 @@ class SimResult:
     instances: dict[str, int]
     """By pool: instances at the end."""
     price_per_hour_usd: float | None
+    instance_hours: float
     handoffs: HandoffCounters
     migrations: MigrationCounters
+    faults: FaultCounters
+    scaling: ScalingCounters
+    power: PowerCounters | None = None
+    """None without a power domain."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -97,7 +105,7 @@ class Run:
         """`stop(recorder, ended)` may end the run early. Raises ConfigError or DoesNotFit on what cannot be run."""
         self.scenario = scenario
         self.builder = Builder(scenario) if builder is None else builder
-        self.recorder = Recorder(scenario.slo) if recorder is None else recorder
+        self.recorder = self.builder.recorder() if recorder is None else recorder
         self.kernel = Kernel()
         self._stop = stop
         self._stopped = False
@@ -156,7 +164,7 @@ class Run:
         self.recorder.flush()
         if self.cluster.live and not self._stopped:
             raise RuntimeError(f"{len(self.cluster.live)} requests never ended")
-        cluster, kinds = self.cluster, self.builder.kinds
+        cluster, kinds, operations = self.cluster, self.builder.kinds, self.operations
         counters = [instance.scheduler.counters for instance in cluster.instances.values()]
         queried = sum([counter.prefix_queried_tokens for counter in counters])
         hit = sum([counter.prefix_hit_tokens for counter in counters])
@@ -178,6 +186,10 @@ class Run:
             price_per_hour_usd=sum(price for price in prices if price is not None) if None not in prices else None,
             handoffs=self.handoffs.counters,
             migrations=self.migrations.counters,
+            instance_hours=operations.scaling.instance_hours(),
+            faults=operations.faults.counters,
+            scaling=operations.scaling.counters,
+            power=None if operations.power is None else operations.power.counters,
         )
 
     # Parts

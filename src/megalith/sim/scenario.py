@@ -16,6 +16,8 @@ class Scenario(Config, kw_only=True):
     fleet: FleetSpec
     workload: WorkloadSpec
     slo: Slo | None = None
+    reference: str = "a100-80gb"
+    """Device that slowdowns are measured against, alone with each request; tensor parallel as in the first pool."""
     seed: int = 0
     weight_format: str = "bf16"
     kv_format: str = "bf16"

@@ -30,9 +30,8 @@ def test_measured_points_are_met_to_the_picosecond() -> None:
     table = splitwise(H100)
     timer = table.timer()
     for tokens, prompt_ms, token_ms in zip(table.batch_tokens, table.prompt_ms, table.token_ms, strict=True):
-        # Off by less than half a picosecond for each token since the last point.
-        assert abs(timer.step_ps([prompt(tokens)], 0, 0, 0) - prompt_ms * MS) <= tokens / 2
-        assert abs(timer.step_ps((), tokens, 0, 0) - token_ms * MS) <= tokens / 2
+        assert timer.step_ps([prompt(tokens)], 0, 0, 0) == round(prompt_ms * MS)
+        assert timer.step_ps((), tokens, 0, 0) == round(token_ms * MS)
 
 
 def test_the_outer_lines_go_on() -> None:
@@ -40,9 +39,9 @@ def test_the_outer_lines_go_on() -> None:
     first = (table.token_ms[1] - table.token_ms[0]) / 128
     last = (table.prompt_ms[-1] - table.prompt_ms[-2]) / 16_384
     timer = table.timer()
-    assert timer.step_ps((), 1, 0, 0) == pytest.approx((table.token_ms[0] - 127 * first) * MS, rel=1e-9)
+    assert timer.step_ps((), 1, 0, 0) == pytest.approx((table.token_ms[0] - 127 * first) * MS, abs=1)
     expected = (table.prompt_ms[-1] + 10_000 * last) * MS
-    assert timer.step_ps([prompt(42_768)], 0, 0, 0) == pytest.approx(expected, rel=1e-8)
+    assert timer.step_ps([prompt(42_768)], 0, 0, 0) == pytest.approx(expected, abs=1)
 
 
 def test_a_mixed_step_is_a_prompt_step_of_all_its_tokens_and_a_tenth() -> None:
@@ -106,7 +105,7 @@ def test_names_and_bad_curves() -> None:
         Curve([128, 128], [1.0, 2.0])
     with pytest.raises(ConfigError, match="above 0"):
         Curve([128, 256], [1.0, 0.0])
-    assert Curve([128, 256], [1.0, 2.0]).line(500)[1] == NO_END
+    assert Curve([128, 256], [1.0, 2.0]).line(500)[2] == NO_END
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="splitwise-sim's data is not here")

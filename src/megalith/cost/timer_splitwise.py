@@ -9,8 +9,9 @@ over prompt size x batch size, that is over tokens in the cache, but the simulat
 that is the artifact mode, in which a decode step costs nearly the same whatever the batch. Before the first and after
 the last measured point the nearest line goes on. A listed row of one token behind a context counts as a decode.
 
-Lines have a whole number of picoseconds a token, so that steps along them add up exactly; a curve is off by at most
-half a picosecond for each token since its last measured point. Knows tables by name; knows no cluster and no policy.
+Times are rounded to the nearest picosecond. Only decodes in context-aware mode run along a line: there it has a whole
+number of picoseconds a token, so that steps add up exactly, and is off by at most half of one for each token since the
+last measured point. Knows tables by name; knows no cluster and no policy.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class SplitwiseTable(Config, kw_only=True):
 class Curve:
     """Straight lines through (tokens, milliseconds), the outer ones without end; at least two points."""
 
-    __slots__ = ("_milliseconds", "_slopes", "_starts", "_tokens", "_values")
+    __slots__ = ("_milliseconds", "_points", "_slopes", "_starts", "_tokens")
 
     def __init__(self, tokens: Sequence[int], milliseconds: Sequence[float], factor: float = 1.0) -> None:
         """Raises ConfigError unless there are two points or more, at rising tokens, above 0 ms."""
@@ -81,25 +82,29 @@ class Curve:
         self._tokens, self._milliseconds = tuple(tokens), tuple(milliseconds)
         self._starts = [start for start, _ in points[1:-1]]
         """Tokens from which on another line than the first holds."""
+        self._points = points
         self._slopes = [round((y1 - y0) / (x1 - x0)) for (x0, y0), (x1, y1) in pairwise(points)]
-        self._values = [y - x * slope for (x, y), slope in zip(points[:-1], self._slopes, strict=True)]
-        """Of each line, at 0 tokens."""
 
     def at(self, tokens: int) -> int:
-        """Picoseconds. Raises ConfigError where a line beyond the measured points has gone below 0."""
+        """Picoseconds, to the nearest. Raises ConfigError where the last line has gone below 0."""
         line = bisect_right(self._starts, tokens)
-        value = self._values[line] + tokens * self._slopes[line]
+        (x0, y0), (x1, y1) = self._points[line : line + 2]
+        return self._above(tokens, y0 + ((tokens - x0) * (y1 - y0) * 2 + x1 - x0) // (2 * (x1 - x0)))
+
+    def line(self, tokens: int) -> tuple[int, int, int]:
+        """(picoseconds, picoseconds a token, tokens until the line ends) at and from `tokens` on, in whole slopes."""
+        line = bisect_right(self._starts, tokens)
+        (x0, y0), slope = self._points[line], self._slopes[line]
+        ahead = self._starts[line] - tokens if line < len(self._starts) else NO_END
+        return self._above(tokens, y0 + (tokens - x0) * slope), slope, ahead
+
+    def _above(self, tokens: int, value: int) -> int:
         if value <= 0:
             raise ConfigError(
                 f"The measured times end at {self._tokens[-1]} tokens and fall there; at {tokens} nothing is left.",
                 "Use smaller steps, or another table.",
             )
         return value
-
-    def line(self, tokens: int) -> tuple[int, int]:
-        """(picoseconds a token, tokens until the line ends) from `tokens` on."""
-        line = bisect_right(self._starts, tokens)
-        return self._slopes[line], self._starts[line] - tokens if line < len(self._starts) else NO_END
 
     def scaled(self, factor: float) -> Curve:
         """The same points, taking `factor` times as long."""
@@ -132,7 +137,7 @@ class SplitwiseTimer:
             else:
                 tokens += new
         if not tokens:
-            return self._token.at(context_sum if self._by_context else decodes)
+            return self._token.line(context_sum)[0] if self._by_context else self._token.at(decodes)
         if not decodes:
             return self._prompt.at(tokens)
         return (self._prompt.at(tokens + decodes) * 11 + 5) // 10
@@ -144,11 +149,11 @@ class SplitwiseTimer:
             if line is None:
                 line = self._lines[decodes] = quick_line((self._token.at(decodes), 0, NO_END))
             return line
-        slope, ahead = self._token.line(context_sum)
+        first, slope, ahead = self._token.line(context_sum)
         steps = NO_END if ahead == NO_END else -(-ahead // decodes)
         if slope < 0 and ahead == NO_END:
             steps = 1  # it will reach 0
-        return quick_line((self._token.at(context_sum), slope * decodes, steps))
+        return quick_line((first, slope * decodes, steps))
 
     def scaled(self, factor: float) -> SplitwiseTimer:
         """See DeviceTimer."""

@@ -193,6 +193,12 @@ class LiveRun:
     def log(self) -> Path:
         return self.folder / f"{self.name}.jsonl.gz"
 
+    def calibration_log(self, policy: str) -> Path:
+        """The name of one more, which is noted."""
+        log = self.folder / f"{self.name}-calibration-{len(self.calibration)}.jsonl.gz"
+        self.calibration.append((log, policy))
+        return log
+
     def logs(self) -> list[tuple[Path, str]]:
         return [(self.log, self.policy), *self.calibration]
 
@@ -255,7 +261,6 @@ class LiveEngine:
         self.built = build_engine(config("prefill-first"))
         self.beside = build_engine(config("prefill-first"))
         """Runs the calibration traces."""
-        self._calibration_steps = 0
         self._cycle = itertools.cycle([(name, policy) for name in CALIBRATION for policy in POLICIES])
         for built in (self.built, self.beside):
             engine = self._engine(built, "splitfuse", RunClock("wall"))
@@ -276,46 +281,42 @@ class LiveEngine:
         if self.clock == "processor":
             self._in_turns(run)
         else:
-            for _ in self._calibration(run):
-                pass
-            if self.driver == "service":
-                asyncio.run(through_service(run))
-            else:
-                for _ in self._loop(run):
-                    pass
+            trace, policy = next(self._cycle)
+            self._wall(trace, policy, run.calibration_log(policy), {})
+            self._wall(run.trace, run.policy, run.log, run.times)
         run.keep()
         self.runs.append(run)
         span_s = max(times.finish_ns for times in run.times.values()) / NS_PER_S
         print(f"{run.name}: {span_s:.1f} s of trace in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
 
     def _in_turns(self, run: LiveRun) -> None:
-        """The reported run and calibrations, half a second of processor time each."""
-        reported, calibration = self._loop(run), self._calibration(run)
-        for now_ns in reported:
-            next(calibration)
-            run.turns.append((now_ns, self._calibration_steps))
+        """The reported run and calibrations take turns."""
+        clock = RunClock("processor")
+        engine = self._engine(self.built, run.policy, clock, run.log)
+        calibration = self._calibration(run)
+        for now_ns in through_loop(engine, clock, list(self._admitted(run.trace)), run.times):
+            run.turns.append((now_ns, next(calibration)))
         calibration.close()
 
-    def _loop(self, run: LiveRun) -> Iterator[int]:
-        clock = RunClock(self.clock)
-        engine = self._engine(self.built, run.policy, clock, run.log)
-        yield from through_loop(engine, clock, list(self._admitted(run.trace)), run.times)
-
     def _calibration(self, run: LiveRun) -> Iterator[int]:
-        """Calibration traces in turn: on the wall clock one, else until nobody asks any more."""
-        self._calibration_steps = 0
+        """Calibration traces one after another until nobody asks any more; gives the number of steps so far."""
+        before = 0
         while True:
             trace, policy = next(self._cycle)
-            log = self.folder / f"{run.name}-calibration-{len(run.calibration)}.jsonl.gz"
-            run.calibration.append((log, policy))
-            clock = RunClock(self.clock)
-            engine, before = self._engine(self.beside, policy, clock, log), self._calibration_steps
-            for now_ns in through_loop(engine, clock, list(self._admitted(trace)), {}):
-                self._calibration_steps = before + engine.stats().steps
-                yield now_ns
-            self._calibration_steps = before + engine.stats().steps
-            if self.clock == "wall":
-                return
+            clock = RunClock("processor")
+            engine = self._engine(self.beside, policy, clock, run.calibration_log(policy))
+            for _ in through_loop(engine, clock, list(self._admitted(trace)), {}):
+                yield before + engine.stats().steps
+            before += engine.stats().steps
+
+    def _wall(self, trace: str, policy: str, log: Path, times: dict[int, Times]) -> None:
+        """One run in real time."""
+        if self.driver == "service":
+            asyncio.run(through_service(trace, policy, log, times))
+            return
+        clock = RunClock("wall")
+        for _ in through_loop(self._engine(self.built, policy, clock, log), clock, list(self._admitted(trace)), times):
+            pass
 
     def _engine(self, built: BuiltEngine, policy: str, clock: RunClock, log: Path | None = None) -> Engine:
         kv, limits = account()
@@ -381,9 +382,9 @@ def through_loop(engine: Engine, clock: RunClock, requests: list[Admitted], time
             engine.scheduler.close()
 
 
-async def through_service(run: LiveRun) -> None:
+async def through_service(trace: str, policy: str, log: Path, all_times: dict[int, Times]) -> None:
     """Through the asyncio engine with its own thread, in wall time."""
-    built = build_engine(config(run.policy, str(run.log)))
+    built = build_engine(config(policy, str(log)))
     random = np.random.default_rng(5)
     await built.engine.start()
     async for _ in built.engine.generate([5] * 32, greedy(8)):
@@ -393,12 +394,12 @@ async def through_service(run: LiveRun) -> None:
     async def one(shape: RequestShape, prompt: list[int]) -> None:
         due_ns = shape.at_ns or 0
         await asyncio.sleep(max(0, due_ns - (time.monotonic_ns() - begin_ns)) / NS_PER_S)
-        times = run.times[shape.index] = Times(due_ns, shape.output_tokens)
+        times = all_times[shape.index] = Times(due_ns, shape.output_tokens)
         async for _ in built.engine.generate(prompt, greedy(shape.output_tokens)):
             times.finish_ns = time.monotonic_ns() - begin_ns
             times.first_ns = times.first_ns or times.finish_ns
 
-    shapes = shapes_of(run.trace)
+    shapes = shapes_of(trace)
     prompts = [random.integers(64, 40_000, shape.input_tokens).tolist() for shape in shapes]
     await asyncio.gather(*(one(shape, prompt) for shape, prompt in zip(shapes, prompts, strict=True)))
     await built.engine.stop()

@@ -116,7 +116,7 @@ class RecordingScheduler(Scheduler):
     ) -> None:  # fmt: skip
         super().__init__(policy, kv, limits)
         self._record_clock = clock
-        self._record = DecisionWriter(path, header_of(policy, kv, limits, model))
+        self._record = DecisionWriter(path, header_of(self, clock, model))
 
     def add(self, request: Request, sampled: int = 0) -> None:
         """See Scheduler; a refusal is recorded too."""
@@ -170,11 +170,12 @@ class RecordingScheduler(Scheduler):
         self._record.close(self._record_clock.now_ns())
 
 
-def header_of(policy: BatchPolicy, kv: KvAccount, limits: Limits, model: str = "") -> LogHeader:
+def header_of(scheduler: Scheduler, clock: Clock, model: str = "") -> LogHeader:
     """What fresh policy objects can be made from."""
+    policy, kv = scheduler.policy, scheduler.kv
     return LogHeader(
-        megalith=megalith.__version__, model=model, policy=policy.name,
-        token_budget=policy.shape(BatchFacts(0, 1)).token_budget, limits=limits, num_blocks=kv.num_blocks,
+        megalith=megalith.__version__, model=model, clock=type(clock).__name__, policy=policy.name,
+        token_budget=policy.shape(BatchFacts(0, 1)).token_budget, limits=scheduler.limits, num_blocks=kv.num_blocks,
         block_tokens=kv.block_tokens, num_host_blocks=kv.num_host_blocks, prefix_cache=kv.prefix_cache,
         watermark_blocks=kv.watermark_blocks,
     )  # fmt: skip

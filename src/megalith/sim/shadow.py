@@ -41,8 +41,8 @@ class LogHeader(Config, kw_only=True):
     log_version: int = LOG_VERSION
     megalith: str
     model: str = ""
-    clock: str = "monotonic"
-    """What the nanoseconds of the calls are of."""
+    clock: str = ""
+    """The kind of clock that stamped the calls."""
     policy: str
     token_budget: int
     limits: Limits

@@ -1,4 +1,4 @@
-"""Set-ups by name: the router and controllers that make a fleet work as a published system does.
+"""Set-ups by name: the router, controllers and batch policy that make a fleet work as a published system does.
 
 Knows names of policies and their constants; must not know how they work.
 """
@@ -23,6 +23,8 @@ class Setup(NamedTuple):
     router: PolicySpec
     controllers: tuple[PolicySpec, ...] = ()
     handoff: HandoffSpec = HandoffSpec()
+    batch: str | None = None
+    """Batch policy of its instances; None leaves that of the pools."""
     split: bool = False
     """It needs pools of the roles prefill and decode."""
 
@@ -32,6 +34,7 @@ SETUPS: Mapping[str, Setup] = {
         "prompt, token and mixed pools; KV sent layer by layer",
         "Splitwise, ISCA 2024",
         PolicySpec(name="splitwise"),
+        batch="splitwise",
         split=True,
     ),
     "distserve": Setup(
@@ -61,4 +64,9 @@ def apply(name: str, fleet: FleetSpec) -> FleetSpec:
             f"{name} needs instances of the roles prefill and decode; this fleet has only {', '.join(sorted(roles))}.",
             "Write the fleet like prefill=2xh100-sxm,decode=2xh100-sxm.",
         )
-    return msgspec.structs.replace(fleet, router=setup.router, controllers=setup.controllers, handoff=setup.handoff)
+    pools = fleet.pools
+    if setup.batch is not None:
+        pools = tuple(msgspec.structs.replace(pool, policy=setup.batch) for pool in pools)
+    return msgspec.structs.replace(
+        fleet, pools=pools, router=setup.router, controllers=setup.controllers, handoff=setup.handoff
+    )

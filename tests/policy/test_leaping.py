@@ -70,7 +70,7 @@ def state(scheduler: Scheduler) -> dict[str, Any]:
         "running": [s.request.id for s in roster.running],
         "clock": roster.cohort.clock,
         "contexts": roster.cohort.context_sum,
-        "promised": kv._promised,
+        "free_blocks": kv.free_blocks,
         "queue": sorted(s.rank for s in roster.queue),
         "free": list(kv._free),
         "idle": list(kv._idle),

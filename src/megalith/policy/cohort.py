@@ -30,7 +30,7 @@ class Cohort:
     """Members join when they have sampled and leave when they end or step aside. All calls O(log members) or better,
     but for the copying of a list of members."""
 
-    __slots__ = ("_base_max", "_edges", "_ends", "_joins", "_kv", "_size", "clock", "context_sum", "grown", "members")
+    __slots__ = ("_base_max", "_edges", "_joins", "_kv", "_size", "clock", "context_sum", "ends", "grown", "members")
 
     def __init__(self, kv: KvAccount) -> None:
         self.members: list[Sequence] = []
@@ -44,8 +44,8 @@ class Cohort:
         self._kv = kv
         self._size = kv.block_tokens
         self._edges = [0] * kv.block_tokens
-        self._ends: list[tuple[int, int, Sequence]] = []
-        """(clock at which it has all its tokens, number, member); entries of those that left are dropped when met."""
+        self.ends: list[tuple[int, int, Sequence]] = []
+        """(clock at which it has all its tokens, number, member), a heap; entries of those that left are dropped when met."""
         self._joins = 0
         self._base_max: int | None = None
 
@@ -65,12 +65,12 @@ class Cohort:
             members.append(member)
         else:
             insort(members, member, key=_rank)
-        ends = self._ends
-        if len(ends) > 2 * len(members) + 64:
+        ends = self.ends
+        if len(ends) > 4 * len(members) + 64:
             ends[:] = [entry for entry in ends if self._is_live(entry)]
             heapify(ends)
-        self._joins += 1
-        heappush(ends, (member.end - 1 - base, self._joins, member))
+        self._joins = number = self._joins + 1
+        heappush(ends, (member.end - 1 - base, number, member))
         if self._base_max is not None and base > self._base_max:
             self._base_max = base
 
@@ -98,10 +98,6 @@ class Cohort:
             member.edge += blocks * self._size
 
     # Steps
-
-    def lacking(self) -> int:
-        """Blocks that the next step takes."""
-        return self._edges[self.clock % self._size] if self.grown < self.clock else 0
 
     def begin(self) -> bool:
         """Take the blocks that the next step needs; False, with nothing changed, when they are not there."""
@@ -131,7 +127,8 @@ class Cohort:
             needed = self._taken(clock, steps - 1)
             if needed and not self._kv.promise(needed):
                 return False
-        self.clock = clock = clock + steps
+        clock += steps
+        self.clock = clock
         self.grown = clock - 1
         self.context_sum += steps * len(self.members)
         return True
@@ -146,16 +143,9 @@ class Cohort:
             self._base_max = max([member.base for member in self.members])
         return self._base_max + self.clock
 
-    def next_end(self) -> int | None:
-        """The clock at which the first member has all its tokens; None without members."""
-        ends = self._ends
-        while ends and not self._is_live(ends[0]):
-            heappop(ends)
-        return ends[0][0] if ends else None
-
     def over(self) -> Sequence | None:
         """A member that has all its tokens and is still here; None as it should be."""
-        ends, clock = self._ends, self.clock
+        ends, clock = self.ends, self.clock
         while ends and ends[0][0] <= clock:
             if self._is_live(ends[0]):
                 return ends[0][2]
@@ -167,20 +157,22 @@ class Cohort:
 
         There must be members.
         """
-        ends = self._ends
-        while True:
-            end, _, member = ends[0]
-            if member.cohort is self and member.end - 1 - member.base == end:
-                break
+        ends, clock = self.ends, self.clock
+        end, _, member = ends[0]
+        while member.cohort is not self or member.end - 1 - member.base != end:
             heappop(ends)
-        runs = end - self.clock - 1
-        cycles, left = divmod(self._kv.free_blocks, len(self.members))
-        size, edges = self._size, self._edges
+            end, _, member = ends[0]
+        runs = end - clock - 1
+        size, free = self._size, self._kv.free_blocks
+        # In any `size` runs every member takes one block.
+        if (runs // size + 1) * len(self.members) <= free:
+            return runs
+        cycles, left = divmod(free, len(self.members))
         lasting = cycles * size
         if runs <= lasting:
             return runs
-        # Within one more cycle of `size` runs every member takes one block: find the run whose block is not there.
-        clock = self.clock
+        # Within one more cycle every member takes one block: find the run whose block is not there.
+        edges = self._edges
         while True:
             clock += 1
             left -= edges[clock % size]
@@ -210,15 +202,13 @@ class Cohort:
 
     def _taken(self, clock: int, steps: int) -> int:
         """Blocks that the steps at the clocks clock + 1 to clock + steps take."""
-        cycles, rest = divmod(steps, self._size)
-        taken = cycles * len(self.members)
-        if rest:
-            first = (clock + 1) % self._size
-            last = first + rest
-            taken += sum(self._edges[first:last])
-            if last > self._size:
-                taken += sum(self._edges[: last - self._size])
-        return taken
+        size, edges = self._size, self._edges
+        first = (clock + 1) % size
+        last = first + steps % size
+        taken = steps // size * len(self.members)
+        if last <= size:
+            return taken + sum(edges[first:last])
+        return taken + sum(edges[first:]) + sum(edges[: last - size])
 
     @staticmethod
     def _is_live(entry: tuple[int, int, Sequence]) -> bool:

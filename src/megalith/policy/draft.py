@@ -6,7 +6,7 @@ Knows the roster, one step shape and the limits; does not know how long the step
 from __future__ import annotations
 
 from megalith.policy.batching import Admission, StepShape
-from megalith.policy.facts import Chunk, Preempt, PreemptMode, Resume
+from megalith.policy.facts import Chunk, Preempt, PreemptMode, Resume, quick_chunk
 from megalith.policy.kv import Short
 from megalith.policy.roster import Roster
 from megalith.policy.sequence import Phase, Rank, Sequence
@@ -52,23 +52,24 @@ class Draft:
         So it is when all running requests are in it, each decodes, and nothing is preempted or resumed. Blocks that
         enter the prefix cache, where they might let a waiting request in, come from prompts only.
         """
-        shape = self._shape
-        if shape.admission is not Admission.NONE and self._roster.queue.items:
+        shape, roster = self._shape, self._roster
+        items, prompts = roster.queue.items, roster.prompts
+        if items and shape.admission is not Admission.NONE:
             self._make_room()
         if shape.mixed:
             self._add_decodes()
-            if shape.split and not self._roster.prompts and not self.preempts:
+            if shape.split and not prompts and not self.preempts:
                 self._add_plain_prompts()
-        if self._left > 0 and (self._roster.queue.items or len(self._roster.prompts) > len(self.rows)):
+        if self._left > 0 and (items or len(prompts) > len(self.rows)):
             self._add_prompts()
-        if not self._shape.mixed and not self.rows:
+        if not shape.mixed and not self.rows:
             self._add_decodes()
-        return self.decodes > 0 and not (self.rows or self._roster.prompts or self.preempts or self.resumes)
+        return self.decodes > 0 and not (self.rows or prompts or self.preempts or self.resumes)
 
     def _take(self, sequence: Sequence, new_tokens: int) -> None:
         samples = new_tokens == sequence.known_ - sequence.base
         self.rows.append(sequence)
-        self.chunks.append(Chunk(sequence.request.id, new_tokens, sequence.base, samples))
+        self.chunks.append(quick_chunk((sequence.request.id, new_tokens, sequence.base, samples)))
         self._left -= new_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -81,10 +82,10 @@ class Draft:
         same step still has to read.
         """
         roster, kv = self._roster, self._roster.kv
-        head = roster.queue.head()
-        if head is None or not (roster.cohort.members or roster.prompts):
-            return
-        if roster.last().request.priority >= head.request.priority:
+        head, members, prompts = roster.queue.items[0], roster.cohort.members, roster.prompts
+        # The last in rank has the lowest priority, which is the largest first part of a rank.
+        first = head.rank[0]
+        if not (members and members[-1].rank[0] > first or prompts and prompts[-1].rank[0] > first):
             return
         running = roster.running
         for member in roster.cohort.members:
@@ -103,13 +104,14 @@ class Draft:
     def _add_decodes(self) -> None:
         """All decodes, with room for their next tokens; the last in rank step aside when blocks run out."""
         cohort = self._roster.cohort
-        if self._shape.mixed and len(cohort.members) > self._left:
+        members = cohort.members
+        if len(members) > self._left and self._shape.mixed:
             self._list_decodes()
             return
-        while cohort.members and not cohort.begin():
+        while members and not cohort.begin():
             self._preempt(self._roster.last())
-        self.decodes = len(cohort.members)
-        self._left -= self.decodes
+        self.decodes = decodes = len(members)
+        self._left -= decodes
 
     def _list_decodes(self) -> None:
         """As many decodes as the budget has tokens for, first in rank first."""
@@ -154,7 +156,7 @@ class Draft:
             new = known if known < left else left
             left -= new
             self.rows.append(head)
-            self.chunks.append(Chunk(head.request.id, new, 0, new == known))
+            self.chunks.append(quick_chunk((head.request.id, new, 0, new == known)))
         self._left = left
 
     def _add_prompts(self) -> None:

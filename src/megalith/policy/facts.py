@@ -7,6 +7,7 @@ request is not a fact: nobody knows it before the last token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -41,6 +42,10 @@ class Chunk(NamedTuple):
     new_tokens: int
     context_tokens: int
     samples: bool
+
+
+quick_chunk: Callable[[tuple[RequestId, int, int, bool]], Chunk] = partial(tuple.__new__, Chunk)
+"""`Chunk(*fields)` without the Python call that a NamedTuple's constructor is."""
 
 
 class Preempt(NamedTuple):
@@ -80,7 +85,7 @@ class StepPlan(msgspec.Struct, eq=False, gc=False):
     decode_context_sum: int = 0
     """Tokens that the decodes have in the KV cache before the step, together."""
     decoding: Callable[[], list[Chunk]] | None = None
-    """Makes the chunks of the decodes, until the plan is completed."""
+    """Makes the chunks of the decodes, until the plan is completed: the decodes then move on."""
     repeats: int = 0
     preempts: tuple[Preempt, ...] = ()
     resumes: tuple[Resume, ...] = ()
@@ -95,10 +100,6 @@ class StepPlan(msgspec.Struct, eq=False, gc=False):
                 raise RuntimeError("the chunks of a plan are to be read before it is completed")
             self.made = (*self.decoding(), *self.listed) if self.decoding is not None else self.listed
         return self.made
-
-    def close(self) -> None:
-        """The plan is completed: its decodes move on, and chunks that were not read are gone."""
-        self.decoding = None
 
     @property
     def empty(self) -> bool:

@@ -115,9 +115,12 @@ class KvAccount:
         self.prefix_cache = prefix_cache
         self.watermark_blocks = watermark_blocks
         self.evictions = 0
+        self.free_blocks = num_blocks
+        """Device blocks that can be had at once: free and idle ones, less those that were promised. Read it only.
+
+        There are never more idle ones than this, so there is always a free one for a promised one.
+        """
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._promised = 0
-        """Blocks of tables that have no id yet; there are always as many in `_free`."""
         self._references = [0] * num_blocks
         self._tables: dict[RequestId, BlockTable] = {}
         self._hash_of: dict[BlockId, int] = {}
@@ -127,11 +130,6 @@ class KvAccount:
         self._host_tables: dict[RequestId, list[BlockId]] = {}
 
     # Reading
-
-    @property
-    def free_blocks(self) -> int:
-        """Device blocks that can be had at once: free and idle ones."""
-        return len(self._free) + len(self._idle) - self._promised
 
     @property
     def used_blocks(self) -> int:
@@ -185,12 +183,8 @@ class KvAccount:
     def open_plain(self, request_id: RequestId, tokens: int, reserve: int = 0) -> BlockTable | None:
         """open() for a sequence without hashes; None when there is no room. The caller knows that it is not here."""
         count = -(-tokens // self.block_tokens)
-        lacking = self._promised + count - len(self._free)
-        if lacking + reserve > len(self._idle):
+        if count + reserve > self.free_blocks or not self.promise(count):
             return None
-        if lacking > 0:
-            self._evict(lacking)
-        self._promised += count
         table = BlockTable([], 0, count)
         self._tables[request_id] = table
         return table
@@ -204,30 +198,28 @@ class KvAccount:
 
     def promise(self, count: int) -> bool:
         """Set `count` blocks aside, which the caller adds to `held` of tables; False, nothing changed, when short."""
-        lacking = self._promised + count - len(self._free)
-        if lacking > 0:
-            if lacking > len(self._idle):
-                return False
-            self._evict(lacking)
-        self._promised += count
+        left = self.free_blocks - count
+        if left < 0:
+            return False
+        self.free_blocks = left
+        if self._idle and len(self._idle) > left:
+            self._evict(len(self._idle) - left)
         return True
 
     def shrink(self, table: BlockTable) -> None:
         """Take back the last block of a table; it must be an open one."""
         table.held -= 1
+        self.free_blocks += 1
         if len(table.blocks) > table.held:
             block = table.blocks.pop()
             self._references[block] = 0
             self._free.append(block)
-        else:
-            self._promised -= 1
 
     def materialise(self, table: BlockTable) -> list[BlockId]:
         """The blocks of a table, all with ids. A live view: do not change it."""
         lacking = table.held - len(table.blocks)
         if lacking:
             blocks = _pop_many(self._free, lacking)
-            self._promised -= lacking
             for block in blocks:
                 self._references[block] = 1
             table.blocks += blocks
@@ -247,16 +239,22 @@ class KvAccount:
         if table is None:
             self._host_free.extend(reversed(self._host_tables.pop(request_id)))
             return
-        self._promised -= table.held - len(table.blocks)
+        blocks = table.blocks
+        self.free_blocks += table.held - len(blocks)
+        if not blocks:
+            return
         references, hash_of, idle, free = self._references, self._hash_of, self._idle, self._free
+        shared = 0
         # Last block first: a tail without its head is useless, so it must be evicted earlier.
-        for block in reversed(table.blocks):
-            references[block] -= 1
-            if references[block] == 0:
-                if block in hash_of:
-                    idle[block] = None
-                else:
-                    free.append(block)
+        for block in reversed(blocks):
+            references[block] = left = references[block] - 1
+            if left:
+                shared += 1
+            elif block in hash_of:
+                idle[block] = None
+            else:
+                free.append(block)
+        self.free_blocks += len(blocks) - shared
 
     # Swapping
 
@@ -289,8 +287,9 @@ class KvAccount:
     def check_integrity(self) -> None:
         """Count everything afresh and compare. O(all blocks). Raises IntegrityError with both sides."""
         promised = sum([table.held - len(table.blocks) for table in self._tables.values()])
-        if promised != self._promised or promised > len(self._free):
-            raise IntegrityError(f"{promised} blocks lack an id, {self._promised} counted, {len(self._free)} are free")
+        counted_promised = len(self._free) + len(self._idle) - self.free_blocks
+        if promised != counted_promised or promised > len(self._free):
+            raise IntegrityError(f"{promised} blocks lack an id, {counted_promised} counted, {len(self._free)} are free")
         held = Counter(block for table in self._tables.values() for block in table.blocks)
         counted = {block: count for block, count in enumerate(self._references) if count}
         if held != counted:
@@ -341,6 +340,7 @@ class KvAccount:
         for block in hits:
             if references[block] == 0:
                 del idle[block]
+                self.free_blocks -= 1
             references[block] += 1
         count = self.blocks_for(tokens)
         self.promise(count - len(hits))

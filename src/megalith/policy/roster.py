@@ -89,7 +89,11 @@ class Roster:
     def add(self, sequence: Sequence) -> None:
         """Queue a new request."""
         self.sequences[sequence.request.id] = sequence
-        self.queue.push(sequence)
+        items = self.queue.items
+        if not items or items[-1].rank < sequence.rank:
+            items.append(sequence)
+        else:
+            self.queue.push(sequence)
         self.counters.added += 1
 
     def remove(self, sequence: Sequence) -> None:
@@ -98,7 +102,10 @@ class Roster:
         del self.sequences[request_id]
         phase = sequence.phase
         if phase is Phase.RUNNING:
-            self._step_aside(sequence)
+            if sequence.cohort is not None:
+                self.cohort.leave(sequence)
+            else:
+                self.prompts.remove(sequence)
             self.kv.release(request_id)
         elif phase is Phase.INCOMING:
             self.num_incoming -= 1

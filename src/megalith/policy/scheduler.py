@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
@@ -77,6 +77,8 @@ class Scheduler:
         self._roster = Roster(kv)
         self._cohort = self._roster.cohort
         self._shape: StepShape | None = getattr(policy, "constant", None)
+        self._most_tokens = kv.num_blocks * kv.block_tokens + 1
+        """Of one request, prompt and answer: the last sampled token is never computed."""
         self._plan: StepPlan | None = None
         self._rows: list[Sequence] = []
         """Parallel to the chunks of the plan."""
@@ -95,19 +97,22 @@ class Scheduler:
 
         Raises PromptTooLong when it could never fit and QueueFull when too many wait.
         """
-        if request.id in self._roster.sequences:
+        roster = self._roster
+        prompt = request.prompt_tokens
+        if request.id in roster.sequences:
             raise ValueError(f"request {request.id} is here already")
-        if request.prompt_tokens < 1 or request.max_new_tokens < 1:
+        if prompt < 1 or request.max_new_tokens < 1:
             raise ValueError(f"request {request.id} needs a prompt and at least one new token: {request}")
-        if len(request.prefix_hashes) > request.prompt_tokens // self.kv.block_tokens:
+        if request.prefix_hashes and len(request.prefix_hashes) > prompt // self.kv.block_tokens:
             raise ValueError(f"request {request.id} has more prefix hashes than full blocks of prompt")
-        self._check_fits(request)
-        if len(self._roster.queue.items) >= self.limits.max_waiting:
+        if prompt + request.max_new_tokens > self._most_tokens:
+            self._refuse(request)
+        if len(roster.queue.items) >= self.limits.max_waiting:
             raise QueueFull(
-                f"{len(self._roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
+                f"{len(roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
                 "Try again shortly, or raise the limit.",
             )
-        self._roster.add(sequence_of(request, sampled))
+        roster.add(sequence_of(request, sampled))
         self._changed = True
 
     def abort(self, request_id: RequestId) -> bool:
@@ -143,7 +148,8 @@ class Scheduler:
         roster = self._roster
         if request.id in roster.sequences:
             raise ValueError(f"request {request.id} is here already")
-        self._check_fits(request)
+        if request.prompt_tokens + request.max_new_tokens > self._most_tokens:
+            self._refuse(request)
         if roster.num_running + roster.num_incoming >= self.limits.max_sequences:
             return False
         reserve = self.kv.watermark_blocks if roster.num_running else 0
@@ -217,26 +223,24 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step. An empty one means that there is nothing to do until the next add() or commit()."""
         roster, cohort = self._roster, self._cohort
-        decodes = len(cohort.members)
         if self._in_flight:
             cohort.undo()
             self._settle_committed()
-            decodes = len(cohort.members)
         elif self._runs_left and not self._changed and cohort.begin():
-            return self._decode_plan(decodes, self._runs_left - 1)
+            return self._decode_plan(self._runs_left - 1)
         queue = roster.queue.items
         shape = self._shape or self.policy.shape(BatchFacts(roster.num_running, len(queue)))
-        crowded = roster.left_out or (shape.mixed and decodes > shape.token_budget)
-        if not roster.prompts and not queue and not crowded:
+        if not roster.prompts and not queue and not roster.left_out:
+            decodes = len(cohort.members)
             if not decodes:
                 return self._issue(StepPlan(), _NO_ROWS)
-            if cohort.begin():
-                return self._decode_plan(decodes, cohort.further_runs())
+            if (decodes <= shape.token_budget or not shape.mixed) and cohort.begin():
+                return self._decode_plan(cohort.further_runs())
         make = PromptsFirstDraft if shape.prompts_first else Draft
         draft = make(roster, shape, self.limits.max_sequences, self.limits.preempt)
         if draft.fill():
             # Whoever waits now waits until one of these is done: free blocks only get fewer.
-            return self._decode_plan(draft.decodes, cohort.further_runs())
+            return self._decode_plan(cohort.further_runs())
         decodes = draft.decodes
         context_sum, decoding = (cohort.context_sum, cohort.chunks) if decodes else (0, None)
         plan = StepPlan(tuple(draft.chunks), decodes, context_sum, decoding, 0, draft.preempts, draft.resumes)
@@ -265,8 +269,8 @@ class Scheduler:
         """
         if plan is not self._plan or not 1 <= steps <= self._runs_left:
             raise ValueError(f"not the last plan, or {steps} runs of it where {self._runs_left} are left")
-        roster, cohort = self._roster, self._cohort
-        plan.close()
+        cohort = self._cohort
+        plan.decoding = None
         if plan.decodes and not cohort.advance(steps):
             raise IntegrityError(f"{steps} runs of a plan with {plan.repeats} repeats took more blocks than there are")
         if plan.listed:
@@ -275,15 +279,9 @@ class Scheduler:
         if self._committed and not under_way:
             self._settle_committed()
         if finished:
-            for request_id in sorted(finished):
-                sequence = roster.sequences.get(request_id)
-                if sequence is not None:
-                    roster.remove(sequence)
-                    roster.counters.finished += 1
-            self._changed = True
-            self._runs_left = 0
-        over = cohort.over()
-        if over is not None:
+            self._finish(finished)
+        ends = cohort.ends
+        if ends and ends[0][0] <= cohort.clock and (over := cohort.over()) is not None:
             raise ValueError(f"request {over.request.id} has all its tokens but is not among the finished ones")
         self._in_flight = under_way and cohort.begin()
 
@@ -365,9 +363,10 @@ class Scheduler:
 
     # Inside
 
-    def _decode_plan(self, decodes: int, repeats: int) -> StepPlan:
+    def _decode_plan(self, repeats: int) -> StepPlan:
+        """A step of all decodes and nothing else, whose blocks the cohort has taken."""
         cohort = self._cohort
-        self._plan = plan = StepPlan((), decodes, cohort.context_sum, cohort.chunks, repeats)
+        self._plan = plan = StepPlan((), len(cohort.members), cohort.context_sum, cohort.chunks, repeats)
         self._rows = _NO_ROWS
         self._runs_left = repeats + 1
         self._in_flight = True
@@ -388,12 +387,23 @@ class Scheduler:
         for row, chunk in zip(self._rows, plan.listed, strict=True):
             if row.phase is not Phase.RUNNING:
                 continue  # aborted while the step ran
-            row.base += chunk.new_tokens
+            _, new_tokens, _, samples = chunk
+            row.base += new_tokens
             if row.hashes and row.table.sealed < len(row.hashes):
                 roster.seal_known(row)
-            if chunk.samples:
+            if samples:
                 row.known_ += 1
                 roster.sampled(row)
+
+    def _finish(self, finished: Iterable[RequestId]) -> None:
+        roster = self._roster
+        for request_id in sorted(finished):
+            sequence = roster.sequences.get(request_id)
+            if sequence is not None:
+                roster.remove(sequence)
+                roster.counters.finished += 1
+        self._changed = True
+        self._runs_left = 0
 
     def _settle_committed(self) -> None:
         for sequence in self._committed:
@@ -401,14 +411,10 @@ class Scheduler:
                 self._roster.sampled(sequence)
         self._committed.clear()
 
-    def _check_fits(self, request: Request) -> None:
-        # The last sampled token is never computed.
-        needed = -(-(request.prompt_tokens + request.max_new_tokens - 1) // self.kv.block_tokens)
-        capacity = self.kv.num_blocks
-        if needed > capacity:
-            room = capacity * self.kv.block_tokens
-            raise PromptTooLong(
-                f"{request.prompt_tokens} prompt tokens and {request.max_new_tokens} new ones need {needed} KV blocks "
-                f"of {self.kv.block_tokens} tokens; this instance has {capacity}.",
-                f"Prompt and new tokens together may be at most {room + 1}.",
-            )
+    def _refuse(self, request: Request) -> NoReturn:
+        needed = self.kv.blocks_for(request.prompt_tokens + request.max_new_tokens - 1)
+        raise PromptTooLong(
+            f"{request.prompt_tokens} prompt tokens and {request.max_new_tokens} new ones need {needed} KV blocks "
+            f"of {self.kv.block_tokens} tokens; this instance has {self.kv.num_blocks}.",
+            f"Prompt and new tokens together may be at most {self._most_tokens}.",
+        )

@@ -26,6 +26,8 @@ VERBS: dict[str, str] = {
     "bench": "Measure: predicted against measured, or load on an endpoint (`bench serve`).",
     "plan": "Say what fits, how fast and at what cost, before loading anything.",
     "simulate": "Run a simulated cluster on a trace, under any policy.",
+    "reproduce": "Reproduce a published system's claim, with its mechanism on and off.",
+    "sweep": "Simulate fleets, policies, rates and seeds on all cores.",
     "probe": "Measure this machine and store its profile.",
     "models": "List the models that are here and those that are known.",
     "doctor": "Say what this machine has and what is wrong.",

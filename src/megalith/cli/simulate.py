@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from megalith.base.errors import ConfigError
 from megalith.cli.output import JsonFlag, print_tables, progress, result_console, warn
+from megalith.cli.scenario_flags import How, What, make_scenario
 
 if TYPE_CHECKING:
     from megalith.report.table import Column, Table
     from megalith.sim.run import Run, SimResult
     from megalith.sim.scenario import Scenario
-    from megalith.specs.fleet import FleetSpec
 
 app = App(
     name="simulate",
@@ -40,52 +39,6 @@ Examples:
   megalith simulate --trace azure-code --model llama-3.1-8b --fleet 4xa100-80gb \\
       --policy llumnix --plot run.png --parquet out/ --trace-events run.json.gz"""
 app.help_epilogue = _EXAMPLES
-
-
-@Parameter(name="*", group="What to simulate")
-@dataclass(frozen=True)
-class What:
-    """The scenario, by flags."""
-
-    trace: str = ""
-    """A trace file, a built-in workload or a drawn one (`poisson:rate=5,...`)."""
-    model: str = ""
-    """A model of the catalogue (`megalith models`)."""
-    fleet: str = ""
-    """Pools such as 4xh100-sxm:tp2, or a TOML file."""
-    policy: tuple[str, ...] = ()
-    """A set-up (splitwise, distserve, llumnix) or a batch policy of all pools (splitfuse, prefill-first, first-come);
-    both may be given."""
-    router: str | None = None
-    """A router with options, such as prefix-aware or rebalance:threshold=10."""
-    controller: tuple[str, ...] = ()
-    """Controllers with options; each adds one."""
-    slo: str | None = None
-    """Service level, such as ttft=400ms,tpot=40ms@p90 or splitwise."""
-    rate: float | None = None
-    """Requests a second: the workload at another rate."""
-    requests: int | None = None
-    """Stop after so many requests."""
-    seed: int = 0
-
-
-@Parameter(name="*", group="How")
-@dataclass(frozen=True)
-class How:
-    """Model formats, costs and details."""
-
-    timer: str = "auto"
-    """auto, operators, analytic, or a published model (see --list)."""
-    weight_format: Annotated[str, Parameter(name="--format")] = "bf16"
-    """Weights: bf16, fp8, int8, ..."""
-    kv_format: Annotated[str, Parameter(name="--kv")] = "bf16"
-    """KV cache: bf16 or fp8."""
-    max_context: int | None = None
-    """Most tokens of prompt and answer together."""
-    max_new: str | None = None
-    """What schedulers are told of an answer: context (default), a number, or true (an oracle)."""
-    config: Path | None = None
-    """A stored scenario (JSON); flags override it."""
 
 
 @Parameter(name="*", group="Output")
@@ -136,81 +89,6 @@ def simulate(
     return 0
 
 
-def make_scenario(what: What, how: How) -> Scenario:
-    """The scenario that the flags describe. Raises ConfigError."""
-    import msgspec
-
-    from megalith.base.config import convert
-    from megalith.sim.scenario import Scenario
-    from megalith.specs.slo import parse_slo
-    from megalith.specs.workload_text import parse_workload
-
-    stored: Scenario | None = None
-    if how.config is not None:
-        try:
-            stored = convert(msgspec.json.decode(how.config.read_bytes()), Scenario, str(how.config))
-        except (OSError, msgspec.DecodeError) as error:
-            raise ConfigError(f"The scenario {how.config} cannot be read ({error}).", "Give a scenario.json.") from None
-    else:
-        for name in ("trace", "model", "fleet"):
-            if not getattr(what, name):
-                raise ConfigError(f"`megalith simulate` needs --{name}.", "`megalith simulate --help` has examples.")
-    workload = parse_workload(what.trace) if what.trace or stored is None else stored.workload
-    if what.rate is not None:
-        from megalith.specs.workload_rate import at_rate
-
-        workload = at_rate(workload, what.rate)
-    if what.requests is not None:
-        workload = msgspec.structs.replace(workload, requests=what.requests)
-    if how.max_new is not None:
-        told: int | str = int(how.max_new) if how.max_new.isdigit() else how.max_new
-        workload = convert(msgspec.to_builtins(workload) | {"max_new": told}, type(workload), "--max-new")
-    fleet = _fleet(what, stored.fleet if stored is not None else None)
-    given: dict[str, Any] = {
-        "fleet": fleet,
-        "workload": workload,
-        "seed": what.seed,
-        "timer": how.timer,
-        "weight_format": how.weight_format,
-        "kv_format": how.kv_format,
-        "max_context": how.max_context,
-    }
-    if what.model:
-        given["model"] = what.model
-    if what.slo is not None:
-        given["slo"] = parse_slo(what.slo)
-    if stored is None:
-        return Scenario(**given)
-    defaults = {field.name: field.default for field in msgspec.structs.fields(Scenario)}
-    changed = {name: value for name, value in given.items() if value != defaults.get(name)}
-    return msgspec.structs.replace(stored, **changed)
-
-
-def _fleet(what: What, stored: FleetSpec | None) -> FleetSpec:
-    import msgspec
-
-    from megalith.policy.batching import POLICY_NAMES
-    from megalith.sim.setups import SETUPS, apply
-    from megalith.specs.fleet_text import parse_fleet, parse_policy
-
-    fleet = parse_fleet(what.fleet) if what.fleet or stored is None else stored
-    for name in what.policy:
-        if name in POLICY_NAMES:
-            pools = tuple(msgspec.structs.replace(pool, policy=name) for pool in fleet.pools)
-            fleet = msgspec.structs.replace(fleet, pools=pools)
-        elif name in SETUPS:
-            fleet = apply(name, fleet)
-        else:
-            known = ", ".join([*SETUPS, *POLICY_NAMES])
-            raise ConfigError(f"There is no policy {name!r}.", f"Known: {known}; routers go with --router.")
-    if what.router is not None:
-        fleet = msgspec.structs.replace(fleet, router=parse_policy(what.router))
-    if what.controller:
-        more = tuple(parse_policy(text) for text in what.controller)
-        fleet = msgspec.structs.replace(fleet, controllers=(*fleet.controllers, *more))
-    return fleet
-
-
 def start(scenario: Scenario, files: object = None) -> Run:
     """A run of the scenario, recording into `files`; `this-machine` is a device too."""
     from megalith.cli.simulate_output import Files
@@ -222,7 +100,8 @@ def start(scenario: Scenario, files: object = None) -> Run:
         from megalith.plan import machine
 
         profiles["this-machine"] = machine.here("native")
-    run = Run(scenario, Builder(scenario, profiles=profiles), files.recorder() if isinstance(files, Files) else None)
+    builder = Builder(scenario, profiles=profiles)
+    run = Run(scenario, builder, files.recorder(builder) if isinstance(files, Files) else None)
     if isinstance(files, Files):
         files.watch(run)
     return run

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megalith.base.errors import MachineError
 
 if TYPE_CHECKING:
+    from megalith.sim.build import Builder
     from megalith.sim.record import Recorder
     from megalith.sim.run import Run, SimResult
     from megalith.sim.scenario import Scenario
@@ -63,11 +64,9 @@ class Files:
                 raise MachineError(f"{parquet} cannot be made ({error.strerror}).", "Name another folder.") from None
             self._requests = RequestTable(parquet / "requests.parquet", self._words)
 
-    def recorder(self) -> Recorder:
+    def recorder(self, builder: Builder) -> Recorder:
         """A recorder that feeds the files."""
-        from megalith.sim.record import Recorder
-
-        return Recorder(self._scenario.slo, sink=self._requests)
+        return builder.recorder(self._requests)
 
     def watch(self, run: Run) -> None:
         """Draw the run into the trace."""

@@ -317,15 +317,13 @@ class Cluster:
         facts = self.facts[instance]
         facts.promised_tokens += live.request.max_new_tokens - 1
         self._forget_decode(live)
-        if live.finish_clock == NEVER:
-            self.instances[instance].joined(live)
 
     def held(self, request_id: RequestId, instance: InstanceId) -> None:
         """A migration took the request out of the batch."""
         self.instances[instance].left(self.live[request_id])
 
     def resumed(self, request_id: RequestId, instance: InstanceId) -> None:
-        """A migration was given up: it decodes on where it was."""
+        """A migration or hand-off was given up: it was held, and decodes on where it was."""
         self.instances[instance].joined(self.live[request_id])
 
     def resubmit(self, request_id: RequestId, target: InstanceId) -> None:

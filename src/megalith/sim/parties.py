@@ -98,7 +98,8 @@ class Host(Protocol):
         ...
 
     def kept(self, request_id: RequestId, instance: InstanceId) -> None:
-        """The hand-off of this request is off: it decodes where its prompt ran, and its scheduler knows."""
+        """The hand-off of this request is off: it decodes where its prompt runs or ran, and its scheduler knows. If it
+        was held there, resumed() follows."""
         ...
 
     def held(self, request_id: RequestId, instance: InstanceId) -> None:
@@ -106,7 +107,7 @@ class Host(Protocol):
         ...
 
     def resumed(self, request_id: RequestId, instance: InstanceId) -> None:
-        """A migration was given up: the request that was held decodes on where it was, and its scheduler knows."""
+        """A migration or hand-off was given up: the request that was held decodes on, and its scheduler knows."""
         ...
 
     def retarget(self, request_id: RequestId, lost: InstanceId) -> InstanceId | None:

@@ -373,6 +373,7 @@ class Handoffs:
             source.scheduler.commit(handoff.request.id)
         self._keep(handoff)
         if source is not None:
+            self._host.resumed(handoff.request.id, handoff.source)
             source.wake(self._host.kernel.now_ns)
 
     def _lost_target(self, handoff: _Handoff) -> None:

@@ -95,12 +95,15 @@ def start(scenario: Scenario, files: object = None) -> Run:
     from megalith.sim.build import Builder
     from megalith.sim.run import Run
 
-    profiles = {}
+    profiles, spec, weights = {}, None, None
     if any(pool.device == "this-machine" for pool in scenario.fleet.pools):
         from megalith.plan import machine
+        from megalith.plan.source import resolve
 
         profiles["this-machine"] = machine.here("native")
-    builder = Builder(scenario, profiles=profiles)
+        planned = resolve(scenario.model)
+        spec, weights = planned.spec, planned.weights("native", None)
+    builder = Builder(scenario, spec, profiles, weights)
     run = Run(scenario, builder, files.recorder(builder) if isinstance(files, Files) else None)
     if isinstance(files, Files):
         files.watch(run)

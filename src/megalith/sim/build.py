@@ -17,6 +17,7 @@ from megalith.cost.kernel_table import KernelTable
 from megalith.cost.memory import (
     RESIDENCY,
     MemoryRequest,
+    WeightBytes,
     Workspace,
     activation_bytes,
     device_block_bytes,
@@ -37,7 +38,7 @@ from megalith.sim.record import Recorder, Sink
 from megalith.sim.reference import alone
 from megalith.sim.scenario import Scenario
 from megalith.specs import catalog
-from megalith.specs.fleet import PoolSpec
+from megalith.specs.fleet import FleetSpec, PoolSpec
 from megalith.specs.model import ModelSpec
 
 MIN_BLOCKS = 2
@@ -61,15 +62,22 @@ class Kind(NamedTuple):
 class Builder:
     """Makes timers and schedulers for the pools of one scenario.
 
-    `spec` stands in for a model that the catalogue does not have, `profiles` for devices that it does not, by name.
+    `spec` stands in for a model that the catalogue does not have, `profiles` for devices that it does not, by name, and
+    `weights` for how large the weights are there.
     """
 
     def __init__(
-        self, scenario: Scenario, spec: ModelSpec | None = None, profiles: dict[str, Profile] | None = None
+        self,
+        scenario: Scenario,
+        spec: ModelSpec | None = None,
+        profiles: dict[str, Profile] | None = None,
+        weights: WeightBytes | None = None,
     ) -> None:
+        _check_roles(scenario.fleet)
         self.scenario = scenario
         self.spec = catalog.model(scenario.model) if spec is None else spec
         self._profiles = profiles or {}
+        self._weights = weights
         self.kinds = {pool.name: self._kind(pool) for pool in scenario.fleet.pools}
 
     @property
@@ -106,6 +114,11 @@ class Builder:
         cost = None if price is None else price * pool.tensor_parallel * pool.pipeline_parallel
         return Kind(timer, blocks, pool.block_tokens, context, timing, cost, _power(timer))
 
+    def _weight_bytes(self, pool: PoolSpec) -> WeightBytes:
+        if self._weights is not None and pool.device in self._profiles:
+            return self._weights
+        return weight_bytes(self.spec, self.scenario.weight_format)
+
     def _profile(self, pool: PoolSpec) -> Profile | None:
         if pool.device in self._profiles:
             return self._profiles[pool.device]
@@ -134,7 +147,7 @@ class Builder:
             profile = self._profile(pool)
             if profile is None:
                 raise ConfigError(f"There is no device {pool.device!r}.", "`megalith simulate --list` names them.")
-            weights = weight_bytes(spec, scenario.weight_format)
+            weights = self._weight_bytes(pool)
             cost = CostModel(spec, profile, weights, scenario.kv_format, pool.tensor_parallel)
             return AnalyticTimer(cost), f"rates of {profile.name} ({profile.source})", None
         timer = choose_timer(
@@ -151,7 +164,7 @@ class Builder:
             )
         spec, scenario = self.spec, self.scenario
         devices = pool.tensor_parallel * pool.pipeline_parallel
-        weights = weight_bytes(spec, scenario.weight_format)
+        weights = self._weight_bytes(pool)
         work = Workspace(pool.token_budget, pool.max_sequences, min(spec.max_context, pool.token_budget))
         request = MemoryRequest(
             kind=profile.kind, num_blocks=1, block_tokens=pool.block_tokens, kv_format=scenario.kv_format, work=work,
@@ -177,6 +190,16 @@ def _power(timer: DeviceTimer) -> PhasePower | None:
         return timer.power_w()
     except ConfigError:
         return None
+
+
+def _check_roles(fleet: FleetSpec) -> None:
+    roles = {pool.role for pool in fleet.pools}
+    for role, lacks in (("prefill", "computes prompts"), ("decode", "decodes")):
+        if "mixed" not in roles and role not in roles:
+            raise ConfigError(
+                f"Nobody {lacks} in this fleet, whose pools are all of the role {', '.join(sorted(roles))}.",
+                f"Add a pool of the role {role} or mixed.",
+            )
 
 
 def _splitwise_table(model: str, pool: PoolSpec) -> SplitwiseTable:

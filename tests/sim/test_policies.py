@@ -9,8 +9,8 @@ import pytest
 from megalith.policy.registry import CONTROLLERS, ROUTERS
 from megalith.sim.run import SimResult, simulate
 from megalith.sim.scenario import Scenario
-from megalith.specs.arrivals import PoissonArrivals
-from megalith.specs.fleet import FleetSpec, LinkSpec, PolicySpec, PoolSpec
+from megalith.specs.arrivals import OnOffArrivals, PoissonArrivals
+from megalith.specs.fleet import FaultSpec, FleetSpec, LinkSpec, PolicySpec, PoolSpec, PowerSpec
 from megalith.specs.lengths import UniformLength
 from megalith.specs.workload import WorkloadSpec
 
@@ -33,12 +33,15 @@ def ran(
         controllers=controllers,
         link=LinkSpec(bytes_per_s=25e9, latency_s=1e-5),
         heartbeat_s=more.pop("heartbeat_s", 0.0),
+        power=more.pop("power", None),
+        faults=more.pop("faults", FaultSpec()),
     )
+    rate_per_s = more.pop("rate_per_s", 30.0)
     workload = WorkloadSpec(
         input=UniformLength(10, 1500),
         output=UniformLength(1, 400),
-        arrivals=PoissonArrivals(rate_per_s=more.pop("rate_per_s", 30.0)),
-        requests=REQUESTS,
+        arrivals=more.pop("arrivals", PoissonArrivals(rate_per_s=rate_per_s)),
+        requests=more.pop("requests", REQUESTS),
         max_new=400,
         **more,
     )
@@ -109,3 +112,52 @@ def test_splitwise_borrows_under_load_and_returns() -> None:
     capped = ran(SPLIT, "splitwise")
     # Answers are half as long as what is allowed: with a guess fewer instances have to be borrowed.
     assert guessing.figures.transfers > 1.2 * capped.figures.transfers
+
+
+@pytest.mark.parametrize("name", ["freeness-scaling", "threshold-scaling"])
+@pytest.mark.parametrize("heartbeat_s", [0.0, 0.5])
+def test_scaling_follows_bursts_with_fewer_hours_than_the_most(name: str, heartbeat_s: float) -> None:
+    bursts: dict[str, Any] = {"arrivals": OnOffArrivals(rate_per_s=8.0, on_s=10, off_s=20), "requests": 900}
+    elastic = (pool(count=2, kv_blocks=400, max_count=8, start_s=5.0),)
+    options = {"max_count": 8, "period_s": 2.0}
+    if name == "threshold-scaling":
+        options |= {"up_cooldown_s": 4.0, "down_cooldown_s": 8.0}
+    controllers = (PolicySpec(name="rebalance"), PolicySpec(name=name, options=options))
+    scaled = ran(elastic, "freeness", controllers, heartbeat_s=heartbeat_s, **bursts)
+    fixed = ran((pool(count=2, kv_blocks=400),), "freeness", heartbeat_s=heartbeat_s, **bursts)
+    assert scaled.figures.finished == fixed.figures.finished == 900
+    assert scaled.scaling.started > 6  # more than once from two to eight
+    assert scaled.scaling.stopped > 4
+    assert of(scaled, "ttft_ns").p99 < 0.5 * of(fixed, "ttft_ns").p99
+    assert scaled.instance_hours < 0.7 * 8 * scaled.end_ns / 3.6e12
+
+
+def test_polca_brakes_less_than_one_threshold_and_that_less_than_none() -> None:
+    pools = (pool("batch", 2, kv_blocks=3000), pool("chat", 2, kv_blocks=3000))
+    power = PowerSpec(budget_w=2000.0, actuation_s=4.0, telemetry_s=1.0)
+    brakes = {}
+    for name in ("no-cap", "single-threshold", "polca"):
+        options: dict[str, Any] = {"low": ["batch"], "high": ["chat"]} | ({"hold_s": 4.0} if name == "polca" else {})
+        controllers = (PolicySpec(name=name, options=options),)
+        result = ran(pools, "least-tokens", controllers, power=power, rate_per_s=55.0, requests=2000)
+        assert result.figures.finished == 2000
+        assert result.power is not None
+        brakes[name] = result.power.brakes
+    assert brakes["polca"] < brakes["single-threshold"] < brakes["no-cap"]
+
+
+@pytest.mark.parametrize("router", ["splitwise", "least-tokens", "shortest-queue"])
+def test_failures_in_both_pools_lose_nobody(router: str) -> None:
+    pools = (pool("prompt", 3, role="prefill"), pool("token", 2, role="decode"))
+    faults = FaultSpec(at_s=(2.0, 4.0, 4.5, 5.0), repair_s=3.0)
+    result = ran(pools, router, faults=faults)
+    assert result.faults.failures == 4
+    assert result.figures.finished == REQUESTS
+
+
+def test_rebalancing_and_scaling_survive_failures() -> None:
+    pools = (pool(count=3, kv_blocks=400, max_count=6, start_s=2.0),)
+    controllers = (PolicySpec(name="rebalance"), PolicySpec(name="freeness-scaling", options={"period_s": 1.0}))
+    result = ran(pools, "freeness", controllers, faults=FaultSpec(at_s=(2.0, 4.0, 4.5), repair_s=3.0))
+    assert result.faults.failures == 3
+    assert result.figures.finished == REQUESTS

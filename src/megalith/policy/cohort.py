@@ -45,7 +45,7 @@ class Cohort:
         self._size = kv.block_tokens
         self._edges = [0] * kv.block_tokens
         self.ends: list[tuple[int, int, Sequence]] = []
-        """(clock at which it has all its tokens, number, member), a heap; entries of those that left are dropped when met."""
+        """A heap of (clock at which it has all its tokens, number, member); those that left are dropped when met."""
         self._joins = 0
         self._base_max: int | None = None
 

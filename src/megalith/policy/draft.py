@@ -85,7 +85,7 @@ class Draft:
         head, members, prompts = roster.queue.items[0], roster.cohort.members, roster.prompts
         # The last in rank has the lowest priority, which is the largest first part of a rank.
         first = head.rank[0]
-        if not (members and members[-1].rank[0] > first or prompts and prompts[-1].rank[0] > first):
+        if not ((members and members[-1].rank[0] > first) or (prompts and prompts[-1].rank[0] > first)):
             return
         running = roster.running
         for member in roster.cohort.members:

@@ -287,9 +287,9 @@ class KvAccount:
     def check_integrity(self) -> None:
         """Count everything afresh and compare. O(all blocks). Raises IntegrityError with both sides."""
         promised = sum([table.held - len(table.blocks) for table in self._tables.values()])
-        counted_promised = len(self._free) + len(self._idle) - self.free_blocks
-        if promised != counted_promised or promised > len(self._free):
-            raise IntegrityError(f"{promised} blocks lack an id, {counted_promised} counted, {len(self._free)} are free")
+        without_id = len(self._free) + len(self._idle) - self.free_blocks
+        if promised != without_id or promised > len(self._free):
+            raise IntegrityError(f"{promised} blocks lack an id, {without_id} counted; {len(self._free)} free")
         held = Counter(block for table in self._tables.values() for block in table.blocks)
         counted = {block: count for block, count in enumerate(self._references) if count}
         if held != counted:

@@ -78,7 +78,7 @@ class Cluster:
         self.handoffs: Handoffs | None = None
         self.migrations: Migrations | None = None
         self.trace: RunTrace | None = None
-        """Where the run is drawn."""
+        """Where the run is drawn; see draw()."""
         self.ended = 0
         self.on_end: Callable[[Live], object] | None = None
         """Told of every request that ends, such as a closed loop of clients."""
@@ -107,6 +107,8 @@ class Cluster:
         instance.facts = facts
         self.instances[instance_id], self.pools[instance_id], self.facts[instance_id] = instance, pool, facts
         self.view.add(facts)
+        if self.trace is None:
+            instance.steps_to, instance.prompt_steps_to = self.sink.steps, self.sink.prompt_step
         return instance
 
     def remove_instance(self, instance_id: InstanceId) -> None:
@@ -116,6 +118,12 @@ class Cluster:
         self.view.remove(instance_id)
         self._gaps.pop(self.instances[instance_id].scheduler, None)
         del self.instances[instance_id], self.pools[instance_id], self.facts[instance_id]
+
+    def draw(self, trace: RunTrace) -> None:
+        """Draw everything that happens from now on."""
+        self.trace = trace
+        for instance in self.instances.values():
+            instance.steps_to = instance.prompt_steps_to = None
 
     # Requests
 
@@ -179,7 +187,11 @@ class Cluster:
             self.kernel.at(live.request.arrival_ns, self._next, live)
 
     def _next(self, live: Live) -> None:
-        self._await_next()
+        following = next(self._arrivals, None)
+        if following is None:
+            self._more = False
+        else:
+            self.kernel.at(following.request.arrival_ns, self._next, following)
         self.arrive(live)
 
     def _place(self, live: Live, route: Route) -> None:
@@ -220,7 +232,8 @@ class Cluster:
         self.kernel.log(FIRST, request.id, instance.id)
         if "first_token" in self._listeners:
             self.emit(Event("first_token", self.kernel.now_ns, request.id, {"instance": instance.id}))
-        self.recomputed(instance, live)
+        if live.decode_instance >= 0:
+            self.recomputed(instance, live)
 
     def recomputed(self, instance: Instance, live: Live) -> None:
         """See Outlet."""
@@ -276,6 +289,7 @@ class Cluster:
                 self.sink.prompt_step(duration_ps, prompt_tokens, decodes)
                 return
             gaps = self._gaps[instance.scheduler] = GapMeter(self.sink)
+            instance.steps_to = instance.prompt_steps_to = None
         gaps.prompt_step(duration_ps, prompt_tokens, decodes, instance.stalled)
 
     # What movers tell (Host)

@@ -11,6 +11,7 @@ Inside, time is integer picoseconds; a boundary is seen from outside at the next
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 from math import isqrt
 from typing import Protocol
@@ -21,6 +22,9 @@ from megalith.policy.facts import RequestId, StepPlan
 from megalith.policy.scheduler import Scheduler
 from megalith.sim.kernel import STEP_END, Kernel
 from megalith.sim.live import NEVER, Live
+
+quick_prompt: Callable[[tuple[int, int, bool]], Prompt] = partial(tuple.__new__, Prompt)
+"""`Prompt(*fields)` without the Python call that a NamedTuple's constructor is."""
 
 
 class Outlet(Protocol):
@@ -65,8 +69,8 @@ class Instance:
     __slots__ = (
         "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_out", "_plan",
         "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps", "busy_prompt_ps",
-        "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_tokens", "scheduler", "stalled", "steps",
-        "timer",
+        "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_steps_to", "prompt_tokens", "scheduler",
+        "stalled", "steps", "steps_to", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +97,10 @@ class Instance:
         self.down = False
         self.facts: InstanceFacts
         """What policies see of it; the cluster sets it."""
+        self.steps_to: Callable[[int, int, int, int], object] | None = None
+        self.prompt_steps_to: Callable[[int, int, int], object] | None = None
+        """Where steps are recorded (sim/gaps.py, StepSink) as long as nobody stalls and nothing else needs to hear of
+        them; None: the outlet is told."""
         self._out = out
         self._leap = leap
         self._cohort = scheduler.cohort
@@ -133,8 +141,9 @@ class Instance:
             if plan is None:
                 raise RuntimeError("a leap without a plan")
             self.scheduler.complete(plan, (), done, under_way=True)
-            self._count_leap(done)
-            self._begun_ps += done * self._first_ps + self._slope_ps * (done * (done - 1) // 2)
+            duration = done * self._first_ps + self._slope_ps * (done * (done - 1) // 2)
+            self._count_leap(plan.decodes, done, duration)
+            self._begun_ps += duration
             self._first_ps += self._slope_ps * done
             self._steps -= done
 
@@ -224,41 +233,54 @@ class Instance:
         if not self.lives:
             self._rest()
             return
-        plan = self.scheduler.plan()
-        if plan.preempts:
-            self._count_preempts(plan)
-        self._plan = plan
-        cohort = self._cohort
-        decodes, listed = plan.decodes, plan.listed
-        if listed or plan.preempts:
-            prompts = [Prompt(new, context, samples) for _, new, context, samples in listed]
-            longest = cohort.context_max() if decodes else 0
-            self._first_ps = duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
-            self._slope_ps, self._steps = 0, 1
-            self.stalled = 0 if decodes else len(cohort.members)
-            tokens = 0
-            lives, now_ns = self.lives, self.kernel.now_ns
-            for request_id, new, context, _ in listed:
-                tokens += new
-                live = lives[request_id]
-                if live.scheduled_ns < 0:
-                    live.scheduled_ns = now_ns
-                    live.cached_tokens = context
-                if live.decode_instance >= 0:
-                    self._out.prompt_begins(self, live, new, -(-(self._begun_ps + duration) // PS_PER_NS))
-            self._prompt_tokens = tokens
+        self._plan = plan = self.scheduler.plan()
+        decodes = plan.decodes
+        if plan.listed or plan.preempts:
+            self._begin_prompts(plan)
         elif decodes:
-            first, slope, steps = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
-            steps = min(steps, plan.repeats + 1, self._next_finish() - cohort.clock) if self._leap else 1
+            cohort = self._cohort
+            steps = 1
+            first, slope, most = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
+            if self._leap:
+                at, request_id = self._finishes[0]
+                live = self.lives.get(request_id)
+                if live is None or live.finish_clock != at:
+                    at = self._next_finish()
+                steps = at - cohort.clock
+                if steps > most:
+                    steps = most
+                if steps > plan.repeats:
+                    steps = plan.repeats + 1
             self._first_ps, self._slope_ps, self._steps = first, slope, steps
-            duration = steps * first + slope * (steps * (steps - 1) // 2)
-            self._prompt_tokens = 0
+            self._end_ps = self._begun_ps + steps * first + slope * (steps * (steps - 1) // 2)
         else:
             self._rest()
             return
+        self._version = version = self._version + 1
+        self.kernel.at(-(-self._end_ps // PS_PER_NS), self._end, version, STEP_END + self.id)
+
+    def _begin_prompts(self, plan: StepPlan) -> None:
+        """A step with prompt chunks, or one before which somebody stepped aside."""
+        if plan.preempts:
+            self._count_preempts(plan)
+        cohort, decodes, listed = self._cohort, plan.decodes, plan.listed
+        prompts = [quick_prompt(chunk[1:]) for chunk in listed]
+        longest = cohort.context_max() if decodes else 0
+        duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
+        self._first_ps, self._slope_ps, self._steps = duration, 0, 1
         self._end_ps = end_ps = self._begun_ps + duration
-        self._version += 1
-        self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END + self.id)
+        self.stalled = 0 if decodes else len(cohort.members)
+        tokens = 0
+        lives, now_ns = self.lives, self.kernel.now_ns
+        for request_id, new, context, _ in listed:
+            tokens += new
+            live = lives[request_id]
+            if live.scheduled_ns < 0:
+                live.scheduled_ns = now_ns
+                live.cached_tokens = context
+            if live.decode_instance >= 0:
+                self._out.prompt_begins(self, live, new, -(-end_ps // PS_PER_NS))
+        self._prompt_tokens = tokens
 
     def _rest(self) -> None:
         self._running, self._steps, self._plan = False, 0, None
@@ -277,46 +299,66 @@ class Instance:
             return
         plan = self._plan
         if plan is not None:
-            steps, now_ns = self._steps, self.kernel.now_ns
             finished: list[RequestId] = []
             if plan.decodes:
-                self._finish_decodes(self._cohort.clock + steps, finished)
-            sampled = []
-            for request_id, new, context, samples in plan.listed:
-                if samples and (live := self.lives.get(request_id)) is not None:
-                    live.generated = generated = context + new + 1 - live.request.prompt_tokens
-                    if generated == live.output_tokens:
-                        finished.append(request_id)
-                    sampled.append(live)
-            self.scheduler.complete(plan, finished, steps)
+                clock, heap = self._cohort.clock + self._steps, self._finishes
+                if heap and heap[0][0] <= clock:
+                    self._finish_decodes(clock, finished)
             if plan.listed or plan.preempts:
-                self.steps += 1
-                self.busy_prompt_ps += self._first_ps
-                self.prompt_tokens += self._prompt_tokens
-                self.decode_tokens += plan.decodes
-                self._out.prompt_stepped(self, self._first_ps, self._prompt_tokens, plan.decodes)
+                self._end_prompts(plan, finished)
             else:
-                self._count_leap(steps)
-            self._begun_ps, self._steps, self._plan = self._end_ps, 0, None
-            for live in sampled:
-                if live.generated < live.output_tokens:
-                    self._follow(live, live.generated)
-                if live.first_ns < 0:
-                    live.first_ns = now_ns
-                    self._out.first_token(self, live)
-                elif live.decode_instance >= 0:
-                    self._out.recomputed(self, live)
-            for request_id in finished:
-                live = self.lives.pop(request_id)
-                live.generated = live.output_tokens
-                live.finish_ns = now_ns
-                self._out.finished(self, live)
+                steps, end_ps = self._steps, self._end_ps
+                self.scheduler.complete(plan, finished, steps)
+                self._count_leap(plan.decodes, steps, end_ps - self._begun_ps)
+                self._begun_ps, self._steps, self._plan = end_ps, 0, None
+            if finished:
+                self._let_go(finished)
             if self._at_boundary:
                 calls, self._at_boundary = self._at_boundary, []
                 for call in calls:
                     call()
         if not self.down:
             self._begin()
+
+    def _end_prompts(self, plan: StepPlan, finished: list[RequestId]) -> None:
+        """A step with prompt chunks is over; adds those to `finished` that have all their tokens."""
+        lives, sampled = self.lives, []
+        for request_id, new, context, samples in plan.listed:
+            if samples and (live := lives.get(request_id)) is not None:
+                live.generated = generated = context + new + 1 - live.request.prompt_tokens
+                if generated == live.output_tokens:
+                    finished.append(request_id)
+                sampled.append(live)
+        self.scheduler.complete(plan, finished)
+        duration, tokens = self._first_ps, self._prompt_tokens
+        self.steps += 1
+        self.busy_prompt_ps += duration
+        self.prompt_tokens += tokens
+        self.decode_tokens += plan.decodes
+        if self.prompt_steps_to is None or self.stalled:
+            self._out.prompt_stepped(self, duration, tokens, plan.decodes)
+        else:
+            self.prompt_steps_to(duration, tokens, plan.decodes)
+        self._begun_ps, self._steps, self._plan = self._end_ps, 0, None
+        clock, now_ns = self._cohort.clock, self.kernel.now_ns
+        for live in sampled:
+            left = live.output_tokens - live.generated
+            if left > 0:
+                live.finish_clock = clock + left
+                heappush(self._finishes, (clock + left, live.request.id))
+            if live.first_ns < 0:
+                live.first_ns = now_ns
+                self._out.first_token(self, live)
+            elif live.decode_instance >= 0:
+                self._out.recomputed(self, live)
+
+    def _let_go(self, finished: list[RequestId]) -> None:
+        now_ns = self.kernel.now_ns
+        for request_id in finished:
+            live = self.lives.pop(request_id)
+            live.generated = live.output_tokens
+            live.finish_ns = now_ns
+            self._out.finished(self, live)
 
     def _finish_decodes(self, clock: int, finished: list[RequestId]) -> None:
         heap, lives = self._finishes, self.lives
@@ -342,14 +384,14 @@ class Instance:
         live.finish_clock = clock = self._cohort.clock + live.output_tokens - generated
         heappush(self._finishes, (clock, live.request.id))
 
-    def _count_leap(self, steps: int) -> None:
-        first, slope = self._first_ps, self._slope_ps
-        plan = self._plan
-        decodes = plan.decodes if plan is not None else 0
+    def _count_leap(self, decodes: int, steps: int, duration_ps: int) -> None:
         self.steps += steps
         self.decode_tokens += steps * decodes
-        self.busy_decode_ps += steps * first + slope * (steps * (steps - 1) // 2)
-        self._out.stepped(self, first, slope, steps, decodes)
+        self.busy_decode_ps += duration_ps
+        if self.steps_to is None:
+            self._out.stepped(self, self._first_ps, self._slope_ps, steps, decodes)
+        else:
+            self.steps_to(self._first_ps, self._slope_ps, steps, decodes)
 
     def _cut(self) -> None:
         """End a leap at the first boundary that is not before now."""

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable
 from hashlib import blake2b
 from heapq import heappop, heappush
+from itertools import repeat
 from typing import Any
 
 OUTSIDE, STEP_END = 0, 1
@@ -28,23 +29,23 @@ class Kernel:
         self.events = 0
         self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []
         self._order = 0
-        self._log = array("q")
+        self._log: list[int] = []
         self._hash = blake2b(digest_size=16)
 
     def at(self, time_ns: int, call: Callable[[Any], object], argument: Any = None, priority: int = OUTSIDE) -> None:
         """Call `call(argument)` at `time_ns`, which must not be in the past."""
         if time_ns < self.now_ns:
             raise ValueError(f"{time_ns} ns is before now, {self.now_ns} ns")
-        self._order += 1
-        heappush(self._heap, (time_ns, priority, self._order, call, argument))
+        self._order = order = self._order + 1
+        heappush(self._heap, (time_ns, priority, order, call, argument))
 
     def run(self, most: int | None = None) -> bool:
         """Run events in order, at most `most` of them; True when some are left."""
         heap = self._heap
-        left = -1 if most is None else most
-        while heap and left:
+        for _ in repeat(None) if most is None else repeat(None, most):
+            if not heap:
+                break
             self.now_ns, _, _, call, argument = heappop(heap)
-            left -= 1
             self.events += 1
             call(argument)
         return bool(heap)
@@ -52,7 +53,7 @@ class Kernel:
     def log(self, kind: int, subject: int, value: int) -> None:
         """Add a decision to the hash. Only what leaping and stepping have in common may be logged."""
         log = self._log
-        log.extend((self.now_ns, kind, subject, value))
+        log += (self.now_ns, kind, subject, value)
         if len(log) >= _LOG_WORDS:
             self._flush()
 
@@ -62,8 +63,8 @@ class Kernel:
         return self._hash.hexdigest()
 
     def _flush(self) -> None:
-        log = self._log
+        words = array("q", self._log)
         if sys.byteorder == "big":
-            log.byteswap()
-        self._hash.update(log.tobytes())
-        del log[:]
+            words.byteswap()
+        self._hash.update(words)
+        self._log.clear()

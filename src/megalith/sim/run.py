@@ -152,7 +152,7 @@ class Run:
         """Draw everything that happens from now on."""
         for instance_id, pool in self.cluster.pools.items():
             trace.instance(instance_id, f"{pool.name} {instance_id} ({pool.device})")
-        self.cluster.trace = trace
+        self.cluster.draw(trace)
 
     @property
     def progress(self) -> Progress:

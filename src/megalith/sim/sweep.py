@@ -7,24 +7,18 @@ results; must not know what varies between the points.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
-import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable
 from hashlib import blake2b
 from math import isfinite, nan
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
 from megalith.base.config import Config
-from megalith.base.errors import MachineError, MegalithError
+from megalith.base.errors import MachineError
 from megalith.base.units import NS_PER_S
+from megalith.sim.processes import Failed, run_tasks
 from megalith.sim.run import SimResult, simulate
 from megalith.sim.samples import Distribution
 from megalith.sim.scenario import Scenario
@@ -164,113 +158,10 @@ def run_points(
             todo.append(point)
         else:
             yield msgspec.structs.replace(known, labels=point.labels)
-    count = min(workers or len(os.sched_getaffinity(0)), len(todo))
-    results = (_attempt(run, point) for point in todo) if count <= 1 else _in_processes(todo, count, run)
-    for result in results:
+    for place, result in run_tasks(todo, run, workers):
+        point = todo[place]
+        if isinstance(result, Failed):
+            result = PointResult(key=point.key, labels=point.labels, error=str(result))
         if store is not None:
             store.add(result)
         yield result
-
-
-def _attempt(run: Callable[[Point], PointResult], point: Point) -> PointResult:
-    """What came of a point; a failure becomes its `error`, and one that is a bug of ours says where it is."""
-    try:
-        return run(point)
-    except MegalithError as error:
-        return PointResult(key=point.key, labels=point.labels, error=str(error))
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        told = f"{type(error).__name__} at {where}: {error} (a fault of Megalith)"
-        return PointResult(key=point.key, labels=point.labels, error=told)
-
-
-class _Worker:
-    """One process that runs points one after another."""
-
-    def __init__(self, run: Callable[[Point], PointResult]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, run), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.point: Point | None = None
-
-    def give(self, point: Point) -> None:
-        """Start a point; its result, or the end of the process, will make `pipe` readable."""
-        self.point = point
-        with suppress(OSError):  # the process is gone; reading says so
-            self.pipe.send(point)
-
-    def take(self) -> PointResult | None:
-        """The result; None when the process has ended without one."""
-        try:
-            return cast(PointResult, self.pipe.recv())
-        except (EOFError, OSError):
-            return None
-
-    def end(self) -> str:
-        """Stop it, whatever it does; how it ended."""
-        self.pipe.close()
-        self.process.join(0.05)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        code = self.process.exitcode or 0
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _in_processes(todo: list[Point], count: int, run: Callable[[Point], PointResult]) -> Iterator[PointResult]:
-    """Results of the points as they come, from `count` processes."""
-    waiting = iter(todo)
-    workers: dict[Connection, _Worker] = {}
-    try:
-        for _ in range(count):
-            _give_next(None, run, waiting, workers)
-        while workers:
-            for pipe in wait(list(workers)):
-                worker: _Worker | None = workers.pop(cast(Connection, pipe))
-                assert worker is not None
-                point, result = cast(Point, worker.point), worker.take()
-                if result is None:
-                    told = f"Its process ended by itself ({worker.end()}): out of memory? Try fewer workers."
-                    result, worker = PointResult(key=point.key, labels=point.labels, error=told), None
-                _give_next(worker, run, waiting, workers)
-                yield result
-    finally:
-        for left in workers.values():
-            left.end()
-
-
-def _give_next(
-    worker: _Worker | None,
-    run: Callable[[Point], PointResult],
-    waiting: Iterator[Point],
-    workers: dict[Connection, _Worker],
-) -> None:
-    """The next point for a worker, a new one if there is none; no point: its end."""
-    point = next(waiting, None)
-    if point is None:
-        if worker is not None:
-            worker.end()
-        return
-    worker = _Worker(run) if worker is None else worker
-    workers[worker.pipe] = worker
-    worker.give(point)
-
-
-def _serve(pipe: Connection, run: Callable[[Point], PointResult]) -> None:
-    """A worker process: points in, results out, until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever gave the points
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    with suppress(EOFError, OSError):  # the pipe is closed: nobody waits for results any more
-        while True:
-            pipe.send(_attempt(run, pipe.recv()))
-
-
-def _end_with(sentinel: int) -> None:
-    """Leave when the process that started this one is gone, even in the middle of a point."""
-    wait([sentinel])
-    os._exit(1)

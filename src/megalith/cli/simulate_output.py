@@ -24,8 +24,9 @@ def settings(scenario: Scenario) -> dict[str, str]:
     fleet, workload = scenario.fleet, scenario.workload
     load = workload.name or (workload.trace.path if workload.trace is not None else "drawn")
     here = any(pool.device == "this-machine" for pool in fleet.pools)
+    weights = "as stored here" if here else f"in {scenario.weight_format}"
     words = {
-        "simulated": f"{scenario.model} {'as stored here' if here else f'in {scenario.weight_format}'} on {', '.join(map(render_pool, fleet.pools))}",
+        "simulated": f"{scenario.model} {weights} on {', '.join(map(render_pool, fleet.pools))}",
         "load": f"{load} ({workload.nature}{', ORACLE: true lengths told' if workload.oracle else ''})",
         "policies": ", ".join(
             dict.fromkeys(

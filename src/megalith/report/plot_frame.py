@@ -1,4 +1,4 @@
-"""The frame that every picture of a simulation has: a title that says `simulated`, the settings below it, a safe file.
+"""The frame that every picture of a run has: a title that says what it is (`simulated`), the settings, a safe file.
 
 Knows figures and files; must not know what is drawn. Matplotlib is imported when a picture is asked for.
 """
@@ -18,6 +18,8 @@ from megalith.report.plot import check_plot_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megalith.report.table import Nature
+
 _WIDTH_IN, _HEIGHT_IN = 6.0, 4.2
 _SETTINGS_CHARACTERS_PER_IN = 15
 
@@ -28,6 +30,7 @@ class Caption:
 
     title: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    nature: Nature = "simulated"
 
 
 def framed(caption: Caption, columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -42,7 +45,7 @@ def framed(caption: Caption, columns: int = 1) -> tuple[Figure, list[Any]]:
     lines = textwrap.wrap(settings, round(width * _SETTINGS_CHARACTERS_PER_IN))
     axes: Any = figure.subplots(1, columns, squeeze=False)
     # Text from outside is shown as it is: `$` would be read as a formula.
-    figure.suptitle(f"{caption.title} (simulated)".replace("$", r"\$"), fontsize="large")
+    figure.suptitle(f"{caption.title} ({caption.nature})".replace("$", r"\$"), fontsize="large")
     if lines:
         figure.supxlabel("\n".join(lines).replace("$", r"\$"), fontsize="x-small", color="0.35")
     for panel in axes[0]:

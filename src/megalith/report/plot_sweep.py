@@ -17,6 +17,7 @@ from megalith.report.plot_frame import Caption, framed, save
 Curve: TypeAlias = Mapping[float, Sequence[float]]
 """By rate in requests/s, the figure of each seed; None and infinite ones are left out beforehand."""
 
+_OFFERED = "offered load, requests/s"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 _MARKERS = "os^Dv<>p"
 
@@ -28,6 +29,7 @@ def plot_curves(
     limits: Mapping[str, float] | None = None,
     *,
     logarithmic: bool = True,
+    xlabel: str = _OFFERED,
 ) -> None:
     """Latency-throughput curves: one panel a figure (`TTFT p90, ms`), one line a fleet or policy.
 
@@ -39,7 +41,7 @@ def plot_curves(
 
     figure, axes = framed(caption, columns=max(1, len(panels)))
     for panel, (ylabel, curves) in zip(axes, panels.items(), strict=False):
-        panel.set(xlabel="offered load, requests/s", ylabel=ylabel)
+        panel.set(xlabel=xlabel, ylabel=ylabel)
         for i, (label, curve) in enumerate(curves.items()):
             _draw(panel, label, curve, i)
         limit = (limits or {}).get(ylabel)
@@ -55,7 +57,13 @@ def plot_curves(
 
 
 def plot_knee(
-    path: Path, caption: Caption, ylabel: str, ratios: Mapping[str, Curve], claim: tuple[str, float] | None = None
+    path: Path,
+    caption: Caption,
+    ylabel: str,
+    ratios: Mapping[str, Curve],
+    claim: tuple[str, float] | None = None,
+    *,
+    xlabel: str = _OFFERED,
 ) -> None:
     """How many times better, against the rate: no gain is a line at 1, and the largest median is marked.
 
@@ -63,13 +71,14 @@ def plot_knee(
     """
     check_plot_path(path)
     figure, (panel,) = framed(caption)
-    panel.set(xlabel="offered load, requests/s", ylabel=ylabel)
+    panel.set(xlabel=xlabel, ylabel=ylabel)
     panel.axhline(1.0, color="black", linewidth=1, label="no gain")
     for i, (label, curve) in enumerate(ratios.items()):
         _draw(panel, label, curve, i)
         if curve:
             rate, best = knee(curve)
-            panel.annotate(f"{best:.3g}x at {rate:.3g}/s", (rate, best), textcoords="offset points", xytext=(4, 6))
+            unit = "/s" if xlabel == _OFFERED else ""
+            panel.annotate(f"{best:.3g}x at {rate:.3g}{unit}", (rate, best), textcoords="offset points", xytext=(4, 6))
     if claim is not None:
         panel.axhline(claim[1], color="tab:red", linestyle="--", linewidth=1, label=claim[0])
     panel.set_ylim(bottom=0)

@@ -1,0 +1,26 @@
+"""Studies by name. A study is imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+from megalith.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megalith.studies.study import Study
+
+STUDIES: dict[str, str] = {
+    "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
+}
+"""By name, in the order of `--all`; the module of that name in this package has it as STUDY."""
+
+
+def study(name: str) -> Study:
+    """The study of that name. Raises ConfigError with the nearest one."""
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name.lower(), STUDIES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"There is no study {name!r}.", f"Did you mean {near!r}? Known: {', '.join(STUDIES)}.")
+    found: Study = importlib.import_module(f"megalith.studies.{name}").STUDY
+    return found

@@ -1,0 +1,101 @@
+"""What the points of a study gave, by experiment, arm, place on the axis and seed.
+
+Knows figures by name; must not know what they mean. Ratios are taken seed by seed, between runs that had the same
+requests, before anything is averaged.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from megalith.base.errors import ConfigError
+from megalith.base.units import NS_PER_S
+from megalith.sim.samples import Distribution
+from megalith.sim.sweep import PointResult
+from megalith.studies.study import Case, Figure, Study
+
+
+class Results:
+    """Grows point by point. Places and seeds come in the order of the study, whatever order points end in."""
+
+    def __init__(self, study: Study, fast: bool = False, seeds: int | None = None) -> None:
+        self.study = study
+        self.fast = fast
+        self.cases: dict[str, list[Case]] = {
+            experiment.name: experiment.cases(fast, seeds) for experiment in study.experiments
+        }
+        self._found: dict[tuple[str, Case], PointResult] = {}
+        self.failures: list[str] = []
+        """Points without a result, and why."""
+
+    def add(self, experiment: str, case: Case, result: PointResult) -> None:
+        """Take one result."""
+        if result.error:
+            self.failures.append(f"{experiment}, {case.arm} at {case.at:g}, seed {case.seed}: {result.error}")
+        else:
+            self._found[experiment, case] = result
+
+    def get(self, experiment: str, case: Case) -> PointResult | None:
+        """The result of one point; None when there is none."""
+        return self._found.get((experiment, case))
+
+    def places(self, experiment: str) -> list[float]:
+        """Where on the axis there are points."""
+        return list(dict.fromkeys(case.at for case in self.cases[experiment]))
+
+    def seeds(self, experiment: str) -> int:
+        """How many seeds each point has."""
+        return len({case.seed for case in self.cases[experiment]})
+
+    def curve(self, experiment: str, arm: str, figure: Figure) -> dict[float, list[float]]:
+        """By place on the axis the figure of each seed; what has no such figure is left out."""
+        found: dict[float, list[float]] = {}
+        for case in self._cases(experiment, arm):
+            result = self.get(experiment, case)
+            value = None if result is None else read(result, figure)
+            if value is not None:
+                found.setdefault(case.at, []).append(value)
+        return found
+
+    def ratio(self, experiment: str, over: str, under: str, figure: Figure) -> dict[float, list[float]]:
+        """`over` divided by `under`, seed by seed, where both have the figure and the lower one is above zero."""
+        found: dict[float, list[float]] = {}
+        for case in self._cases(experiment, over):
+            pair = self.get(experiment, case), self.get(experiment, case._replace(arm=under))
+            values = [None if result is None else read(result, figure) for result in pair]
+            if values[0] is not None and values[1]:
+                found.setdefault(case.at, []).append(values[0] / values[1])
+        return found
+
+    def middle(self, experiment: str, arm: str, figure: Figure, at: float) -> float | None:
+        """The median over the seeds at one place; None without a figure."""
+        values = self.curve(experiment, arm, figure).get(at)
+        return median(values) if values else None
+
+    def middle_ratio(self, experiment: str, over: str, under: str, figure: Figure, at: float) -> float | None:
+        """The median over the seeds of the ratio at one place; None without a figure."""
+        values = self.ratio(experiment, over, under, figure).get(at)
+        return median(values) if values else None
+
+    def _cases(self, experiment: str, arm: str) -> list[Case]:
+        if experiment not in self.cases:
+            raise ConfigError(
+                f"{self.study.name} has no experiment {experiment!r}.", f"It has {', '.join(self.cases)}."
+            )
+        return [case for case in self.cases[experiment] if case.arm == arm]
+
+
+def read(result: PointResult, figure: Figure) -> float | None:
+    """One figure of a result; durations in seconds. ConfigError for a name that means nothing."""
+    if callable(figure):
+        return figure(result)
+    name, _, percent = figure.partition(".")
+    if percent:
+        distribution: Distribution | None = result.latencies.get(name)
+        return None if distribution is None else getattr(distribution, percent) / NS_PER_S
+    if figure in result.figures:
+        return result.figures[figure]
+    if figure in result.__struct_fields__:
+        value = getattr(result, figure)
+        return None if value is None else float(value)
+    raise ConfigError(f"No figure {figure!r}.", f"There are {', '.join([*result.figures, *result.__struct_fields__])}.")

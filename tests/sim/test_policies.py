@@ -10,6 +10,7 @@ from megalith.policy.registry import CONTROLLERS, ROUTERS
 from megalith.sim.run import SimResult, simulate
 from megalith.sim.scenario import Scenario
 from megalith.specs.arrivals import OnOffArrivals, PoissonArrivals
+from megalith.specs.conversations import Conversations
 from megalith.specs.fleet import FaultSpec, FleetSpec, LinkSpec, PolicySpec, PoolSpec, PowerSpec
 from megalith.specs.lengths import UniformLength
 from megalith.specs.workload import WorkloadSpec
@@ -161,3 +162,18 @@ def test_rebalancing_and_scaling_survive_failures() -> None:
     result = ran(pools, "freeness", controllers, faults=FaultSpec(at_s=(2.0, 4.0, 4.5), repair_s=3.0))
     assert result.faults.failures == 3
     assert result.figures.finished == REQUESTS
+
+
+def test_prefix_aware_routers_find_more_of_a_conversation_and_start_earlier() -> None:
+    turns = Conversations(continue_share=0.8, turn=UniformLength(20, 200), pause_s=5.0, pause_sigma=0.5)
+    chats: dict[str, Any] = {"conversations": turns, "prefix_block_tokens": 16, "requests": 800, "rate_per_s": 25.0}
+    pools = (pool(count=6, kv_blocks=3000),)
+    blind = ran(pools, "least-outstanding", **chats)
+    weighed = [ran(pools, "prefix-aware", options={"overlap_weight": weight}, **chats) for weight in (1.0, 10.0)]
+    follows = ran(pools, "prefix-threshold", **chats)
+    hits = [result.prefix_hit_share for result in (blind, *weighed, follows)]
+    assert hits == sorted(hits)
+    assert hits[1] > 2 * hits[0]
+    first = [of(result, "ttft_ns").mean for result in (blind, *weighed, follows)]
+    assert first[0] > first[1] > first[2]
+    assert max(first[2:]) < 0.85 * first[0]

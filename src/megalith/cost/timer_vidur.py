@@ -11,7 +11,7 @@
 After Vidur (Agrawal et al., MLSys 2024; its predictor at commit 7d47513 with grouped-query attention and without host
 overhead, as it is by default). Embedding and head cost nothing there; all-reduce and launch count where tensor parallel
 is above 1. Vidur stops where a step leaves the range for which it predicts (4,096 tokens, 128 decodes); here the
-polynomial goes on. Durations are whole picoseconds. A listed row of one token behind a context counts as a decode.
+polynomial goes on. Durations are whole picoseconds. For step_ps a row of one token behind a context is a decode.
 The polynomials come from `vidur_fit`. Knows no cluster and no policy.
 """
 
@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from math import isqrt
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
@@ -42,11 +42,15 @@ _PS_PER_MS = 1_000_000_000
 _ROUND_TOKENS, _ROUND_CONTEXT = 8, 64
 
 
+@runtime_checkable
 class StagedTimer(StepTimer, Protocol):
     """A timer of a pipeline: it also says how long each stage takes. step_ps is their sum."""
 
     def stages_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int, context_max: int) -> tuple[int, ...]:
-        """Duration of each stage, in order, in picoseconds; what it takes to send on is in the stage that sends."""
+        """Duration of each stage, in order, in picoseconds; what it takes to send on is in the stage that sends.
+
+        Other than for step_ps, all decodes are counted in `decodes`: a row of one token is the end of a prompt.
+        """
         ...
 
 
@@ -94,7 +98,14 @@ class VidurTimer:
 
     def step_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int, context_max: int) -> int:  # noqa: ARG002
         """See StepTimer: the sum of the stages."""
-        stage, hop = self._stage(prompts, decodes, context_sum)
+        rows = []
+        for row in prompts:
+            if row.new_tokens == 1 and row.context_tokens:
+                decodes += 1
+                context_sum += row.context_tokens
+            else:
+                rows.append(row)
+        stage, hop = self._stage(rows, decodes, context_sum)
         return self.pipeline_parallel * (stage + hop) - hop
 
     def stages_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int, context_max: int) -> tuple[int, ...]:  # noqa: ARG002
@@ -110,16 +121,11 @@ class VidurTimer:
 
     def _stage(self, prompts: Sequence[Prompt], decodes: int, context_sum: int) -> tuple[int, int]:
         """(picoseconds of one stage, picoseconds to send on)."""
-        tokens = contexts = squares = count = 0
+        tokens = contexts = squares = 0
         for new, context, _ in prompts:
-            if new == 1 and context:
-                decodes += 1
-                context_sum += context
-            else:
-                tokens += new
-                contexts += _up(context, _ROUND_CONTEXT)
-                squares += new * new
-                count += 1
+            tokens += new
+            contexts += _up(context, _ROUND_CONTEXT)
+            squares += new * new
         size = _up(tokens + decodes, _ROUND_TOKENS)
         found = self._tokens.get(size)
         if found is None:
@@ -127,8 +133,8 @@ class VidurTimer:
         stage, hop = found
         if decodes:
             stage += self._attention_of_decodes(decodes, _up((context_sum + decodes) // decodes, _ROUND_CONTEXT))
-        if count:
-            stage += self._attention_of_prompts(contexts, squares, count > 1)
+        if prompts:
+            stage += self._attention_of_prompts(contexts, squares, len(prompts) > 1)
         return stage, hop
 
     def _token_times(self, size: int) -> tuple[int, int]:

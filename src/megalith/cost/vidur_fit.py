@@ -15,7 +15,7 @@ import gzip
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,10 +114,11 @@ def fit_operators(
     """Polynomials of all operators, in milliseconds; `width` is the model's hidden size.
 
     `layer` and `attention`: rows of Vidur's mlp.csv and attention.csv of one device, model and tensor parallel.
-    `network`: rows of one kind of network with `collective`, `num_workers`, `devices_per_node`, `size` in bytes and
-    `median_ms`. An operator without a column takes no time. Raises ConfigError without usable rows.
+    `network`: rows of its all_reduce.csv and send_recv.csv of one kind of network; the median may be `median_ms`. Rows
+    that are equal in all columns count once, so a copy with fewer columns gives slightly other polynomials. An operator
+    without a column takes no time. Raises ConfigError without usable rows.
     """
-    layer, attention, network = list(layer), list(attention), list(network)
+    layer, attention, network = _distinct(layer), _distinct(attention), _distinct(network)
     found = {name: _fit(layer, name, (_column("num_tokens"),)) for name in TOKEN_OPERATORS if "cache" not in name}
     decodes = [row for row in attention if row["prefill_chunk_size"] == "0"]
     prompts = [row for row in attention if row["prefill_chunk_size"] != "0"]
@@ -133,7 +134,7 @@ def fit_operators(
             rows = [
                 row for row in network if (row["collective"], row["num_workers"], row["devices_per_node"]) == wanted
             ]
-            found[name] = _fit(rows, name, (lambda row: float(row["size"]) / width / 2,), "median_ms")
+            found[name] = _fit(rows, name, (lambda row: float(row["size"]) / width / 2,))
     return found
 
 
@@ -141,11 +142,15 @@ def _column(name: str) -> Callable[[Row], float]:
     return lambda row: float(row[name])
 
 
-def _fit(rows: Sequence[Any], name: str, features: Sequence[Callable[[Row], float]], column: str = "") -> Polynomial:
-    column = column or f"time_stats.{name}.median"
+def _distinct(rows: Iterable[Row]) -> list[Row]:
+    return list({tuple(row.values()): row for row in rows}.values())
+
+
+def _fit(rows: Sequence[Row], name: str, features: Sequence[Callable[[Row], float]]) -> Polynomial:
     if not rows:
         raise ConfigError(f"There are no measured rows of {name}.")
-    if column not in rows[0]:
+    columns = [column for column in (f"time_stats.{name}.median", "median_ms") if column in rows[0]]
+    if not columns:
         return ()
-    times = np.array([float(row[column] or 0.0) for row in rows])
+    times = np.array([float(row[columns[0]] or 0.0) for row in rows])
     return fit(np.array([[feature(row) for feature in features] for row in rows]), times)

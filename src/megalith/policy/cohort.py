@@ -210,7 +210,6 @@ class Cohort:
             return taken + sum(edges[first:last])
         return taken + sum(edges[first:]) + sum(edges[: last - size])
 
-    @staticmethod
-    def _is_live(entry: tuple[int, int, Sequence]) -> bool:
+    def _is_live(self, entry: tuple[int, int, Sequence]) -> bool:
         member = entry[2]
-        return member.cohort is not None and member.end - 1 - member.base == entry[0]
+        return member.cohort is self and member.end - 1 - member.base == entry[0]

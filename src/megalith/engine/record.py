@@ -22,7 +22,7 @@ from megalith.base.units import GIB, format_bytes
 from megalith.policy.batching import BatchFacts, BatchPolicy
 from megalith.policy.facts import Request, RequestId, StepPlan
 from megalith.policy.kv import KvAccount
-from megalith.policy.scheduler import Limits, Scheduler
+from megalith.policy.scheduler import MANY, Limits, Scheduler
 from megalith.sim.shadow import (
     AbortCall,
     AddCall,
@@ -145,7 +145,7 @@ class RecordingScheduler(Scheduler):
         super().seal(request_id, block_hash)
         self._record.append(SealCall(self._record_clock.now_ns(), request_id, block_hash))
 
-    def plan(self) -> StepPlan:
+    def plan(self, most_repeats: int = MANY) -> StepPlan:  # noqa: ARG002 - all of them are recorded
         """See Scheduler."""
         plan = super().plan()
         self._record.append(plan_call(plan, self._record_clock.now_ns()))

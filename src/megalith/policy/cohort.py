@@ -15,8 +15,9 @@ Blocks are only counted here. Which ones they are is settled when somebody reads
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_right, insort
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from operator import attrgetter
 
 from megalith.policy.facts import Chunk
@@ -123,14 +124,14 @@ class Cohort:
         clock = self.clock
         if self.grown < clock and not self.begin():
             return False
+        members = len(self.members)
         if steps > 1:
-            needed = self._taken(clock, steps - 1)
+            needed = self._taken(clock, steps - 1, members)
             if needed and not self._kv.promise(needed):
                 return False
-        clock += steps
-        self.clock = clock
-        self.grown = clock - 1
-        self.context_sum += steps * len(self.members)
+        self.clock = clock + steps
+        self.grown = clock + steps - 1
+        self.context_sum += steps * members
         return True
 
     # Reading
@@ -152,8 +153,9 @@ class Cohort:
             heappop(ends)
         return None
 
-    def further_runs(self) -> int:
-        """How often the step that was begun may be repeated until a member has all its tokens or blocks run out.
+    def further_runs(self, most: int) -> int:
+        """How often the step that was begun may be repeated, at most `most` times, until a member has all its tokens or
+        blocks run out.
 
         There must be members.
         """
@@ -163,26 +165,24 @@ class Cohort:
             heappop(ends)
             end, _, member = ends[0]
         runs = end - clock - 1
-        size, free = self._size, self._kv.free_blocks
+        if runs > most:
+            runs = most
         # In any `size` runs every member takes one block.
-        if (runs // size + 1) * len(self.members) <= free:
+        size, free, members = self._size, self._kv.free_blocks, len(self.members)
+        if (runs // size + 1) * members <= free:
             return runs
-        cycles, left = divmod(free, len(self.members))
+        cycles, left = divmod(free, members)
         lasting = cycles * size
         if runs <= lasting:
             return runs
         # Within one more cycle every member takes one block: find the run whose block is not there.
-        edges = self._edges
-        while True:
-            clock += 1
-            left -= edges[clock % size]
-            if left < 0 or lasting >= runs:
-                return min(runs, lasting)
-            lasting += 1
+        first = (clock + 1) % size
+        taken = accumulate(self._edges[first:] + self._edges[:first])
+        return min(runs, lasting + bisect_right(list(taken), left))
 
     def free_after(self, steps: int) -> int:
         """Free blocks after `steps` further steps, the step under way not counted."""
-        return self._kv.free_blocks - (self._taken(self.grown, steps) if steps else 0)
+        return self._kv.free_blocks - (self._taken(self.grown, steps, len(self.members)) if steps else 0)
 
     def chunks(self) -> list[Chunk]:
         """One chunk for each member, in rank order."""
@@ -200,15 +200,14 @@ class Cohort:
         if (contexts, edges) != (self.context_sum, self._edges):
             raise IntegrityError(f"contexts {contexts}, edges {edges}; counted {self.context_sum}, {self._edges}")
 
-    def _taken(self, clock: int, steps: int) -> int:
+    def _taken(self, clock: int, steps: int, members: int) -> int:
         """Blocks that the steps at the clocks clock + 1 to clock + steps take."""
         size, edges = self._size, self._edges
         first = (clock + 1) % size
         last = first + steps % size
-        taken = steps // size * len(self.members)
         if last <= size:
-            return taken + sum(edges[first:last])
-        return taken + sum(edges[first:]) + sum(edges[: last - size])
+            return steps // size * members + sum(edges[first:last])
+        return steps // size * members + sum(edges[first:]) + sum(edges[: last - size])
 
     def _is_live(self, entry: tuple[int, int, Sequence]) -> bool:
         member = entry[2]

@@ -33,6 +33,8 @@ from megalith.policy.sequence import Phase, Sequence, sequence_of
 
 _rank = attrgetter("rank")
 _NO_ROWS: list[Sequence] = []
+MANY = 1 << 60
+"""More repeats than any plan has."""
 
 
 class Limits(Config, frozen=True):
@@ -220,8 +222,11 @@ class Scheduler:
 
     # Steps
 
-    def plan(self) -> StepPlan:
-        """The next step. An empty one means that there is nothing to do until the next add() or commit()."""
+    def plan(self, most_repeats: int = MANY) -> StepPlan:
+        """The next step. An empty one means that there is nothing to do until the next add() or commit().
+
+        Repeats beyond `most_repeats` are of no use to the caller, and need not be looked for.
+        """
         roster, cohort = self._roster, self._cohort
         if self._in_flight:
             cohort.undo()
@@ -235,12 +240,12 @@ class Scheduler:
             if not decodes:
                 return self._issue(StepPlan(), _NO_ROWS)
             if (decodes <= shape.token_budget or not shape.mixed) and cohort.begin():
-                return self._decode_plan(cohort.further_runs())
+                return self._decode_plan(cohort.further_runs(most_repeats))
         make = PromptsFirstDraft if shape.prompts_first else Draft
         draft = make(roster, shape, self.limits.max_sequences, self.limits.preempt)
         if draft.fill():
             # Whoever waits now waits until one of these is done: free blocks only get fewer.
-            return self._decode_plan(cohort.further_runs())
+            return self._decode_plan(cohort.further_runs(most_repeats))
         decodes = draft.decodes
         context_sum, decoding = (cohort.context_sum, cohort.chunks) if decodes else (0, None)
         plan = StepPlan(tuple(draft.chunks), decodes, context_sum, decoding, 0, draft.preempts, draft.resumes)

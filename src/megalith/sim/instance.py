@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import isqrt
 from typing import Protocol
 
@@ -104,8 +104,8 @@ class Instance:
         self._out = out
         self._leap = leap
         self._cohort = scheduler.cohort
-        self._finishes: list[tuple[int, RequestId]] = []
-        """(clock of the cohort, request): who has its last token when; who stepped aside is dropped when met."""
+        self._finishes: list[tuple[int, RequestId, Live]] = []
+        """A heap of (clock of the cohort, id, request): who of those that decode has its last token when."""
         self._at_boundary: list[Callable[[], object]] = []
         self._version = 0
         """Of the event that ends the step or leap; an older one is void."""
@@ -192,6 +192,8 @@ class Instance:
     def joined(self, live: Live) -> None:
         """A request whose KV came from elsewhere was committed: it decodes here, after the step under way."""
         self.lives[live.request.id] = live
+        if live.finish_clock != NEVER:
+            self._forget(live)
         live.generated = self.scheduler.progress(live.request.id).known - live.request.prompt_tokens
         ahead = self._steps if self._plan is not None and self._plan.decodes else 0
         self._follow(live, live.generated - ahead)
@@ -205,7 +207,7 @@ class Instance:
         """A request was held, departed or aborted: its end is not to be waited for here."""
         if live.finish_clock != NEVER:
             live.generated = live.output_tokens - (live.finish_clock - self._cohort.clock)
-            live.finish_clock = NEVER
+            self._forget(live)
 
     def fail(self) -> list[Live]:
         """The instance dies: its KV is lost, the step under way never ends. Returns all requests that were here."""
@@ -220,7 +222,6 @@ class Instance:
         for live in lost:
             self.left(live)
         self.lives.clear()
-        self._finishes.clear()
         return lost
 
     def restart(self, scheduler: Scheduler) -> None:
@@ -233,24 +234,20 @@ class Instance:
         if not self.lives:
             self._rest()
             return
-        self._plan = plan = self.scheduler.plan()
+        cohort, heap = self._cohort, self._finishes
+        most = heap[0][0] - cohort.clock if heap else 1
+        self._plan = plan = self.scheduler.plan(most - 1)
         decodes = plan.decodes
         if plan.listed or plan.preempts:
             self._begin_prompts(plan)
         elif decodes:
-            cohort = self._cohort
-            steps = 1
-            first, slope, most = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
-            if self._leap:
-                at, request_id = self._finishes[0]
-                live = self.lives.get(request_id)
-                if live is None or live.finish_clock != at:
-                    at = self._next_finish()
-                steps = at - cohort.clock
-                if steps > most:
-                    steps = most
-                if steps > plan.repeats:
-                    steps = plan.repeats + 1
+            first, slope, steps = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
+            if steps > most:
+                steps = most
+            if steps > plan.repeats:
+                steps = plan.repeats + 1
+            if not self._leap:
+                steps = 1
             self._first_ps, self._slope_ps, self._steps = first, slope, steps
             self._end_ps = self._begun_ps + steps * first + slope * (steps * (steps - 1) // 2)
         else:
@@ -299,17 +296,17 @@ class Instance:
             return
         plan = self._plan
         if plan is not None:
-            finished: list[RequestId] = []
-            if plan.decodes:
-                clock, heap = self._cohort.clock + self._steps, self._finishes
-                if heap and heap[0][0] <= clock:
-                    self._finish_decodes(clock, finished)
+            decodes, steps, heap = plan.decodes, self._steps, self._finishes
+            finished: list[Live] = []
+            if decodes and heap and heap[0][0] <= (clock := self._cohort.clock + steps):
+                while heap and heap[0][0] <= clock:
+                    finished.append(heappop(heap)[2])
             if plan.listed or plan.preempts:
                 self._end_prompts(plan, finished)
             else:
-                steps, end_ps = self._steps, self._end_ps
-                self.scheduler.complete(plan, finished, steps)
-                self._count_leap(plan.decodes, steps, end_ps - self._begun_ps)
+                self.scheduler.complete(plan, [live.request.id for live in finished] if finished else (), steps)
+                end_ps = self._end_ps
+                self._count_leap(decodes, steps, end_ps - self._begun_ps)
                 self._begun_ps, self._steps, self._plan = end_ps, 0, None
             if finished:
                 self._let_go(finished)
@@ -320,69 +317,59 @@ class Instance:
         if not self.down:
             self._begin()
 
-    def _end_prompts(self, plan: StepPlan, finished: list[RequestId]) -> None:
+    def _end_prompts(self, plan: StepPlan, finished: list[Live]) -> None:
         """A step with prompt chunks is over; adds those to `finished` that have all their tokens."""
         lives, sampled = self.lives, []
         for request_id, new, context, samples in plan.listed:
             if samples and (live := lives.get(request_id)) is not None:
+                if live.finish_clock != NEVER:  # it decodes, and not all decodes are in the step
+                    self._forget(live)
                 live.generated = generated = context + new + 1 - live.request.prompt_tokens
                 if generated == live.output_tokens:
-                    finished.append(request_id)
+                    finished.append(live)
                 sampled.append(live)
-        self.scheduler.complete(plan, finished)
-        duration, tokens = self._first_ps, self._prompt_tokens
+        self.scheduler.complete(plan, [live.request.id for live in finished] if finished else ())
+        duration, tokens, decodes = self._first_ps, self._prompt_tokens, plan.decodes
         self.steps += 1
         self.busy_prompt_ps += duration
         self.prompt_tokens += tokens
-        self.decode_tokens += plan.decodes
+        self.decode_tokens += decodes
         if self.prompt_steps_to is None or self.stalled:
-            self._out.prompt_stepped(self, duration, tokens, plan.decodes)
+            self._out.prompt_stepped(self, duration, tokens, decodes)
         else:
-            self.prompt_steps_to(duration, tokens, plan.decodes)
+            self.prompt_steps_to(duration, tokens, decodes)
         self._begun_ps, self._steps, self._plan = self._end_ps, 0, None
         clock, now_ns = self._cohort.clock, self.kernel.now_ns
         for live in sampled:
             left = live.output_tokens - live.generated
             if left > 0:
-                live.finish_clock = clock + left
-                heappush(self._finishes, (clock + left, live.request.id))
+                live.finish_clock = finish = clock + left
+                heappush(self._finishes, (finish, live.request.id, live))
             if live.first_ns < 0:
                 live.first_ns = now_ns
                 self._out.first_token(self, live)
             elif live.decode_instance >= 0:
                 self._out.recomputed(self, live)
 
-    def _let_go(self, finished: list[RequestId]) -> None:
+    def _let_go(self, finished: list[Live]) -> None:
         now_ns = self.kernel.now_ns
-        for request_id in finished:
-            live = self.lives.pop(request_id)
+        for live in finished:
+            del self.lives[live.request.id]
+            live.finish_clock = NEVER
             live.generated = live.output_tokens
             live.finish_ns = now_ns
             self._out.finished(self, live)
 
-    def _finish_decodes(self, clock: int, finished: list[RequestId]) -> None:
-        heap, lives = self._finishes, self.lives
-        while heap and heap[0][0] <= clock:
-            at, request_id = heappop(heap)
-            live = lives.get(request_id)
-            if live is not None and live.finish_clock == at:
-                live.finish_clock = NEVER
-                finished.append(request_id)
-
-    def _next_finish(self) -> int:
-        """The clock at which the first request of the cohort has its last token."""
-        heap, lives = self._finishes, self.lives
-        while True:
-            at, request_id = heap[0]
-            live = lives.get(request_id)
-            if live is not None and live.finish_clock == at:
-                return at
-            heappop(heap)
-
     def _follow(self, live: Live, generated: int) -> None:
         """Wait for the end of a request that has `generated` tokens and decodes from the next step on."""
         live.finish_clock = clock = self._cohort.clock + live.output_tokens - generated
-        heappush(self._finishes, (clock, live.request.id))
+        heappush(self._finishes, (clock, live.request.id, live))
+
+    def _forget(self, live: Live) -> None:
+        """Do not wait for its end any more. O(batch); rare, for most stay until their end."""
+        live.finish_clock = NEVER
+        self._finishes = [entry for entry in self._finishes if entry[2] is not live]
+        heapify(self._finishes)
 
     def _count_leap(self, decodes: int, steps: int, duration_ps: int) -> None:
         self.steps += steps

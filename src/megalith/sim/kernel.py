@@ -14,6 +14,9 @@ from heapq import heappop, heappush
 from itertools import repeat
 from typing import Any
 
+ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
+"""Kinds of entries in the log of decisions."""
+
 OUTSIDE, STEP_END = 0, 1
 """Priorities: what comes from outside an instance is seen by the plan that is formed in the same nanosecond. Steps of
 several instances that end in one are taken by instance (STEP_END + its id): a leap is scheduled earlier than a step."""
@@ -26,7 +29,6 @@ class Kernel:
 
     def __init__(self) -> None:
         self.now_ns = 0
-        self.events = 0
         self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []
         self._order = 0
         self._log: list[int] = []
@@ -46,9 +48,13 @@ class Kernel:
             if not heap:
                 break
             self.now_ns, _, _, call, argument = heappop(heap)
-            self.events += 1
             call(argument)
         return bool(heap)
+
+    @property
+    def events(self) -> int:
+        """Events that were run."""
+        return self._order - len(self._heap)
 
     def log(self, kind: int, subject: int, value: int) -> None:
         """Add a decision to the hash. Only what leaping and stepping have in common may be logged."""

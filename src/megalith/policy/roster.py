@@ -102,10 +102,11 @@ class Roster:
         del self.sequences[request_id]
         phase = sequence.phase
         if phase is Phase.RUNNING:
-            if sequence.cohort is not None:
-                self.cohort.leave(sequence)
+            cohort = sequence.cohort
+            if cohort is not None:
+                cohort.leave(sequence)
             else:
-                self.prompts.remove(sequence)
+                self._step_aside(sequence)
             self.kv.release(request_id)
         elif phase is Phase.INCOMING:
             self.num_incoming -= 1

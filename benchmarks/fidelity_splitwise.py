@@ -134,7 +134,7 @@ def simulate(run: Run, trace: list[dict[str, str]], batching: str = "splitwise")
         for _ in range(pool.count):
             cluster.add_instance(pool)
     cluster.feed(arrivals(trace))
-    cluster.start()
+    cluster.control.start()
     kernel.run()
     return {number: times(live) for number, live in sorted(ledger.ended.items())}
 

@@ -193,7 +193,7 @@ def replay(run: VllmRun, timer: StepTimer, tokens: Path | None = None, leap: boo
     cluster = Cluster(kernel, registry.router(PolicySpec(name="round-robin"), 0), (), ended, make)
     cluster.add_instance(PoolSpec(name="vllm", device=run.name, count=1))
     cluster.feed(iter(arrivals(run, tokens)))
-    cluster.start()
+    cluster.control.start()
     kernel.run()
     return ended.lives
 

@@ -105,7 +105,7 @@ def run(setting: Setting, work: list[tuple[Request, int]], leap: bool) -> tuple[
     for _ in range(setting.instances):
         cluster.add_instance(PoolSpec(name="pool", device="toy", count=setting.instances))
     cluster.feed(Live(request, output) for request, output in work)
-    cluster.start()
+    cluster.control.start()
     kernel.run()
     for instance in cluster.instances.values():
         instance.scheduler.check_integrity()

@@ -11,35 +11,29 @@ from typing import Protocol
 
 from megalith.base.errors import MegalithError
 from megalith.policy.cluster import (
-    Command,
     Commanding,
     Controller,
     Defer,
     Event,
-    Headroom,
     InstanceId,
     Migrate,
     Reject,
-    Role,
     Route,
     Router,
-    SetRole,
 )
 from megalith.policy.facts import Request, RequestId
 from megalith.policy.scheduler import Scheduler
+from megalith.sim.control import Control
 from megalith.sim.gaps import GapMeter, StepSink
 from megalith.sim.instance import Instance
-from megalith.sim.kernel import Kernel
+from megalith.sim.kernel import ARRIVE, FINISH, FIRST, MOVE, PREEMPT, Kernel
 from megalith.sim.live import NEVER, Live, Outcome
 from megalith.sim.migration import Migrations
-from megalith.sim.parties import Executor, MoveKind
+from megalith.sim.parties import MoveKind
 from megalith.sim.tracing import RunTrace
 from megalith.sim.transfer import Handoffs
 from megalith.sim.view import ClusterView, Facts
 from megalith.specs.fleet import PoolSpec
-
-ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
-"""Kinds of entries in the log of decisions."""
 
 RETRY_NS = 1_000_000
 """A request that was sent to an instance that is down asks again after this: the network says so after a while."""
@@ -74,7 +68,6 @@ class Cluster:
         self.live: dict[RequestId, Live] = {}
         """All requests that have arrived and not ended."""
         self.view = ClusterView(lambda: kernel.now_ns)
-        self.executors: dict[type[Command], Executor] = {}
         self.handoffs: Handoffs | None = None
         self.migrations: Migrations | None = None
         self.trace: RunTrace | None = None
@@ -87,12 +80,8 @@ class Cluster:
         self._gaps: dict[Scheduler, GapMeter] = {}
         """By scheduler, because an instance that failed comes back with a new one."""
         self._commanding = router if isinstance(router, Commanding) else None
-        both = [router] if hasattr(router, "act") else []
-        self.controllers: list[Controller] = [*both, *controllers]  # type: ignore[list-item]
-        self._listeners: dict[str, list[Controller]] = {}
-        for controller in self.controllers:
-            for kind in controller.listens:
-                self._listeners.setdefault(kind, []).append(controller)
+        self.control = Control(self, kernel, router, controllers)
+        self._listeners = self.control.listeners
         self._arrivals: Iterator[Live] = iter(())
         self._more = False
         """More arrivals are to come."""
@@ -137,12 +126,6 @@ class Cluster:
         self._arrivals, self._more = arrivals, True
         self._await_next()
 
-    def start(self) -> None:
-        """Set the ticks of controllers going."""
-        for controller in self.controllers:
-            if controller.period_ns is not None:
-                self.kernel.at(self.kernel.now_ns + controller.period_ns, self._tick, controller)
-
     def arrive(self, live: Live) -> None:
         """A request comes now."""
         self.live[live.request.id] = live
@@ -154,8 +137,7 @@ class Cluster:
         """Ask the router where a request goes, and send it there."""
         placement = self.router.route(live.request, self.view)
         if self._commanding is not None:
-            for command in self._commanding.commands():
-                self.carry_out(command)
+            self.control.carry_out(self._commanding.commands(), self.router.name)
         if isinstance(placement, Route):
             self._place(live, placement)
         elif isinstance(placement, Defer):
@@ -259,8 +241,7 @@ class Cluster:
             self.handoffs.preempted(live.request.id)
         if live.moving and self.migrations is not None:
             self.migrations.preempted(live.request.id)
-        if "preempt" in self._listeners:
-            self.emit(Event("preempt", self.kernel.now_ns, live.request.id, {"instance": instance.id}))
+        self.control.tell("preempt", live.request.id, {"instance": instance.id})
 
     def idle(self, instance: Instance) -> None:
         """See Outlet."""
@@ -371,59 +352,14 @@ class Cluster:
     def emit(self, event: Event) -> None:
         """Tell the controllers that listen, and do what they want."""
         if event.kind == "command" and isinstance(event.data["command"], Migrate):
-            live = self.live.get(event.data["command"].request_id)
-            if live is not None:
-                live.moving = False
-        for controller in self._listeners.get(event.kind, ()):
-            for command in controller.act(event, self.view):
-                self.carry_out(command)
+            self.moving(event.data["command"].request_id)
+        self.control.emit(event)
 
-    # Commands
-
-    def carry_out(self, command: Command) -> None:
-        """Begin what a controller wants; the outcome comes back as a `command` event."""
-        self.kernel.log(COMMAND, _number(command), 0)
-        if isinstance(command, SetRole):
-            self.set_role(command.instance, command.role)
-            self.over(command, "done")
-        elif isinstance(command, Headroom) and type(command) not in self.executors:
-            facts = self.facts.get(command.instance)
-            if facts is None:
-                self.over(command, "refused", "there is no such instance")
-                return
-            facts.headroom_blocks = command.blocks
-            facts.accepting = command.blocks != float("inf")
-            self.view.changed()
-            self.over(command, "done")
-        else:
-            executor = self.executors.get(type(command))
-            refused = "nothing here can do that" if executor is None else executor.carry_out(command)
-            if refused is not None:
-                self.over(command, "refused", refused)
-            elif isinstance(command, Migrate) and command.request_id in self.live:
-                self.live[command.request_id].moving = self.migrations is not None and (
-                    command.request_id in self.migrations
-                )
-
-    def over(self, command: Command, outcome: str, reason: str = "") -> None:
-        """Tell the controllers how a command ended."""
-        if self.trace is not None:
-            self.trace.command(self.kernel.now_ns, str(command), outcome, reason)
-        if "command" in self._listeners:
-            data = {"command": command, "outcome": outcome, "reason": reason}
-            self.emit(Event("command", self.kernel.now_ns, data=data))
-
-    def set_role(self, instance: InstanceId, role: Role) -> None:
-        """The instance takes another role for requests routed from now on."""
-        if instance in self.facts:
-            self.facts[instance].role = role
-            self.view.changed()
-
-    def _tick(self, controller: Controller) -> None:
-        for command in controller.act(Event("tick", self.kernel.now_ns), self.view):
-            self.carry_out(command)
-        if self.busy:
-            self.kernel.at(self.kernel.now_ns + (controller.period_ns or 1), self._tick, controller)
+    def moving(self, request_id: RequestId) -> None:
+        """Whether a migration of the request is under way has changed."""
+        live = self.live.get(request_id)
+        if live is not None:
+            live.moving = self.migrations is not None and request_id in self.migrations
 
     def _uncount(self, instance: InstanceId, live: Live) -> None:
         """A request is no longer on this instance."""
@@ -442,8 +378,3 @@ class Cluster:
             self.facts[target].count(live.request, -1)
         if self.handoffs is not None:
             self.handoffs.gone(live.request.id)
-
-
-def _number(command: Command) -> int:
-    """A number for the log, the same on every machine."""
-    return (Command.__args__.index(type(command)) << 32) + getattr(command, "instance", 0)

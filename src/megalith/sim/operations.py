@@ -46,9 +46,9 @@ class Operations:
         self.scaling = Scaling(self, self._pools)
         self.faults = Faults(self, moves, fleet.faults, seed, self._straggle)
         self._served = set(cluster.instances)
-        cluster.executors[Scale] = self.scaling
+        cluster.control.executors[Scale] = self.scaling
         if self.power is not None:
-            cluster.executors[SetClock] = self.power
+            cluster.control.executors[SetClock] = self.power
             self.faults.before_failure = self.power.switch_off
             self.faults.after_repair = self.power.switch_on
         for instance, pool in cluster.pools.items():

@@ -20,6 +20,7 @@ from megalith.cost.timer_phases import PhasePower
 from megalith.policy import registry
 from megalith.policy.cluster import InstanceId, Migrate
 from megalith.policy.facts import Request
+from megalith.policy.pipelined import PipelinedScheduler
 from megalith.sim.build import Builder
 from megalith.sim.cluster import Cluster
 from megalith.sim.faults import FaultCounters
@@ -30,6 +31,7 @@ from megalith.sim.migration import MigrationCounters, Migrations
 from megalith.sim.network import Network
 from megalith.sim.operations import Operations
 from megalith.sim.parties import KvShape
+from megalith.sim.pipelined import PipelinedInstance
 from megalith.sim.power import PowerCounters
 from megalith.sim.record import Recorder
 from megalith.sim.record_figures import RecordFigures
@@ -124,7 +126,7 @@ class Run:
                 self.cluster.add_instance(pool)
         self._connect()
         self._feed()
-        self.cluster.start()
+        self.cluster.control.start()
         self.operations.start()
         if fleet.heartbeat_s > 0:
             self._beat(None)
@@ -197,6 +199,8 @@ class Run:
     def _instance(self, instance_id: InstanceId, pool: PoolSpec, cluster: Cluster) -> Instance:
         kind = self.builder.kinds[pool.name]
         scheduler = self.builder.scheduler(pool)
+        if isinstance(scheduler, PipelinedScheduler):
+            return PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
         return Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
 
     def _connect(self) -> None:
@@ -208,7 +212,7 @@ class Run:
         cluster.handoffs = self.handoffs
         tempos = Tempos(self.kernel)
         self.migrations = cluster.migrations = Migrations(cluster, self.handoffs, fleet.migration, tempos.slow)
-        cluster.executors[Migrate] = self.migrations
+        cluster.control.executors[Migrate] = self.migrations
         kinds, moves = self.builder.kinds, (self.handoffs, self.migrations)
         make = (lambda pool: kinds[pool.name].timer, self.builder.scheduler)
         self.operations = Operations(cluster, fleet, self.scenario.seed, tempos, moves, make)

@@ -110,7 +110,7 @@ def simulate(run: Run, trace: list[dict[str, str]]) -> dict[int, Times]:
     for _ in range(run.replicas):
         cluster.add_instance(PoolSpec(name="replicas", device="a100-80gb", count=run.replicas))
     cluster.feed(arrivals(trace))
-    cluster.start()
+    cluster.control.start()
     kernel.run()
     for instance in cluster.instances.values():
         instance.scheduler.check_integrity()

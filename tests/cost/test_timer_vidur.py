@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megalith.base.errors import ConfigError
 from megalith.cost.timer import Prompt
-from megalith.cost.timer_vidur import TOKEN_OPERATORS, VidurModel, vidur, vidur_models
+from megalith.cost.timer_vidur import TOKEN_OPERATORS, VidurModel, vidur, vidur_for, vidur_models
 from megalith.cost.vidur_fit import fit, fit_operators, forms, read_rows
 
 DATA = Path(__file__).parents[2] / "../shared/data/vidur"
@@ -87,6 +87,22 @@ def test_lacking_operators_and_names() -> None:
         toy(operators=dict.fromkeys(TOKEN_OPERATORS, ())).timer()
     with pytest.raises(ConfigError, match="a100_dgx"):
         vidur("llama-2-70b/a100/dgx/tp2")
+
+
+def test_slower_timers_and_look_up() -> None:
+    timer = vidur(NAME).timer(2)
+    assert vidur_for("llama-2-70b", "a100-80gb", 2) is vidur(NAME)
+    assert vidur_for("llama-2-70b", "a100-80gb", 2, "a100_pairwise_nvlink").network == "a100_pairwise_nvlink"
+    with pytest.raises(ConfigError, match="a100_dgx"):
+        vidur_for("llama-2-70b", "a100-80gb", 4)
+    step = ([Prompt(512, 0, True)], 3, 300, 100)
+    assert sum(timer.scaled(2.0).stages_ps(*step)) == pytest.approx(2 * timer.step_ps(*step), abs=3)
+    half = timer.at_clock(0.5)
+    assert half.step_ps(*step) == pytest.approx(2 * timer.step_ps(*step), abs=3)
+    assert half.step_ps((), 3, 300, 100) < 1.2 * timer.step_ps((), 3, 300, 100)
+    assert half.at_clock(1.0).step_ps(*step) == timer.step_ps(*step)
+    with pytest.raises(ConfigError, match="no power"):
+        timer.power_w()
 
 
 def test_forms_are_those_of_a_polynomial_pipeline() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +22,9 @@ from megalith.sim.instance import Instance
 from megalith.sim.kernel import Kernel
 from megalith.sim.live import Live
 from megalith.sim.pipelined import PipelinedInstance
-from megalith.specs.fleet import PolicySpec, PoolSpec
+from megalith.sim.run import simulate
+from megalith.specs.fleet import FleetSpec, PolicySpec, PoolSpec
+from tests.sim.test_run import FLEETS, scenario
 
 US = 1_000_000
 """Picoseconds."""
@@ -108,6 +112,24 @@ def test_gaps_between_tokens_are_those_of_requests_not_of_steps() -> None:
     total = sum(gap * decodes for gap, decodes in ledger.gaps)
     assert total == sum(live.finish_ns - live.first_ns for live in ledger.ended) * 1000
     assert sum(decodes for _, decodes in ledger.gaps) == 6
+
+
+@pytest.mark.parametrize("name", sorted(FLEETS))
+def test_every_kind_of_fleet_runs_as_pipelines(name: str) -> None:
+    fleet = FLEETS[name]
+    pools = tuple(msgspec.structs.replace(pool, pipeline_parallel=2) for pool in fleet.pools)
+    setting = scenario(msgspec.structs.replace(fleet, pools=pools))
+    one, two = simulate(setting), simulate(setting)
+    assert one.requests == 120
+    assert one.digest == two.digest
+
+
+def test_a_pipeline_of_vidurs_stages_by_name() -> None:
+    pool = PoolSpec(name="all", device="a100", count=2, tensor_parallel=2, pipeline_parallel=2)
+    setting = scenario(FleetSpec(pools=(pool,)), model="llama-2-70b", timer="vidur")
+    result = simulate(setting)
+    assert result.requests == 120
+    assert "Vidur" in result.timing["all"]
 
 
 jobs = st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=20)

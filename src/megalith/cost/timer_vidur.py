@@ -28,7 +28,14 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
 from megalith.cost.timer import Line, Prompt, StepTimer
-from megalith.cost.timer_phases import quick_line
+from megalith.cost.timer_phases import (
+    POWER_EXPONENT,
+    PhasePower,
+    check_clock,
+    check_factor,
+    memory_slowdown,
+    quick_line,
+)
 
 Polynomial: TypeAlias = tuple[tuple[int, int, float], ...]
 """Terms (power of x, power of y, factor); milliseconds."""
@@ -91,6 +98,9 @@ class VidurTimer:
             raise ConfigError(f"{model.model} on {model.device} lacks the operators {', '.join(missing)}.")
         self.model = model
         self.pipeline_parallel = pipeline_parallel
+        self._nominal, self._factor, self._clock = self, 1.0, 1.0
+        self._slowdown: tuple[float, float] | None = None
+        """Factors on steps with prompts and on steps of decodes alone, unless both are 1."""
         self._layers = model.layers // pipeline_parallel
         self._tokens: dict[int, tuple[int, int]] = {}
         self._decodes: dict[tuple[int, int], int] = {}
@@ -119,6 +129,24 @@ class VidurTimer:
         steps = -average % _ROUND_CONTEXT + 1
         return quick_line((self.step_ps((), decodes, context_sum, context_max), 0, steps))
 
+    def scaled(self, factor: float) -> VidurTimer:
+        """See DeviceTimer."""
+        return self._nominal._slower(self._factor * check_factor(factor), self._clock)
+
+    def at_clock(self, fraction: float) -> VidurTimer:
+        """See DeviceTimer: steps with prompts count as compute, steps of decodes alone as memory."""
+        return self._nominal._slower(self._factor, check_clock(fraction))
+
+    def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:  # noqa: ARG002
+        """See DeviceTimer. Raises ConfigError: Vidur has no power figures."""
+        raise ConfigError("Vidur's tables have no power figures.", "Use a timer that has, such as `analytic`.")
+
+    def _slower(self, factor: float, clock: float) -> VidurTimer:
+        timer = VidurTimer(self.model, self.pipeline_parallel)
+        timer._nominal, timer._factor, timer._clock = self, factor, clock
+        timer._slowdown = (factor / clock, factor * memory_slowdown(clock))
+        return timer
+
     def _stage(self, prompts: Sequence[Prompt], decodes: int, context_sum: int) -> tuple[int, int]:
         """(picoseconds of one stage, picoseconds to send on)."""
         tokens = contexts = squares = 0
@@ -135,6 +163,9 @@ class VidurTimer:
             stage += self._attention_of_decodes(decodes, _up((context_sum + decodes) // decodes, _ROUND_CONTEXT))
         if prompts:
             stage += self._attention_of_prompts(contexts, squares, len(prompts) > 1)
+        if self._slowdown is not None:
+            factor = self._slowdown[0 if prompts else 1]
+            return round(stage * factor), round(hop * factor)
         return stage, hop
 
     def _token_times(self, size: int) -> tuple[int, int]:
@@ -202,3 +233,16 @@ def vidur(name: str) -> VidurModel:
         return known[name]
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(known)
     raise ConfigError(f"There is no Vidur model {name!r} ({len(known)} known).", f"Did you mean {', '.join(near)}?")
+
+
+def vidur_for(model: str, device: str, tensor_parallel: int, network: str = "") -> VidurModel:
+    """The fitted model for these catalogue names, on its first network unless one is named. Raises ConfigError."""
+    for entry in vidur_models().values():
+        same = (entry.model, entry.device, entry.tensor_parallel) == (model, device, tensor_parallel)
+        if same and network in ("", entry.network):
+            return entry
+    known = ", ".join(vidur_models())
+    raise ConfigError(
+        f"Vidur's tables have no {model} on {device} with tensor parallel {tensor_parallel} {network}.",
+        f"Known: {known}.",
+    )

@@ -154,7 +154,7 @@ class PipelinedScheduler(Scheduler):
         self._roster = PipelinedRoster(kv)
         self._cohort = self._roster.cohort
 
-    def plan(self) -> StepPlan:
+    def plan(self, most_repeats: int = 0) -> StepPlan:  # noqa: ARG002
         """One more step; an empty one when all stages have one, or when nobody who is idle can run now."""
         roster = self._roster
         if len(roster.flights) >= self.stages:

@@ -31,8 +31,10 @@ from megalith.cost.timer_operators import OperatorTimer
 from megalith.cost.timer_phases import DeviceTimer, PhasePower
 from megalith.cost.timer_published import published, published_timers
 from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQuery, splitwise_tables
+from megalith.cost.timer_vidur import vidur_for
 from megalith.policy.batching import by_name
 from megalith.policy.kv import KvAccount
+from megalith.policy.pipelined import PipelinedScheduler
 from megalith.policy.scheduler import Limits, Scheduler
 from megalith.sim.record import Recorder, Sink
 from megalith.sim.reference import alone
@@ -92,7 +94,10 @@ class Builder:
         blocks = self.kinds[pool.name].kv_blocks
         kv = KvAccount(blocks, pool.block_tokens, pool.host_blocks, pool.prefix_cache, int(pool.watermark * blocks))
         limits = Limits(max_sequences=pool.max_sequences, max_waiting=pool.max_waiting, preempt=pool.preempt)
-        return Scheduler(by_name(pool.policy, pool.token_budget), kv, limits)
+        policy = by_name(pool.policy, pool.token_budget)
+        if pool.pipeline_parallel > 1:
+            return PipelinedScheduler(policy, kv, limits, pool.pipeline_parallel)
+        return Scheduler(policy, kv, limits)
 
     def recorder(self, sink: Sink | None = None) -> Recorder:
         """A recorder for the scenario, with the reference of its slowdowns where it has some."""
@@ -133,15 +138,18 @@ class Builder:
             table = _splitwise_table(scenario.model, pool)
             query = _token_query(option)
             return table.timer(query), f"splitwise-sim's medians, {query} decode times", None
+        if kind == "vidur":
+            entry = vidur_for(spec.name, catalog.device(pool.device).name, pool.tensor_parallel, option)
+            return entry.timer(pool.pipeline_parallel), f"Vidur's fit of measured operators, {entry.network}", None
         if kind == "tables":
             directory, _, host_us = option.partition(":host_us=")
             host_ns = round(float(host_us or 0) * 1000)
             kernels = KernelTable.load(Path(directory), spec, pool.tensor_parallel, host_ns)
             return kernels, f"kernel tables in {directory}, {host_ns / 1e6:g} ms host time a step", None
         if name in published_timers():
-            entry = published(name)
-            blocks = None if entry.kv_tokens is None else entry.kv_tokens // pool.block_tokens
-            return entry.timer(), f"published model {name}: {entry.source}", blocks
+            known = published(name)
+            blocks = None if known.kv_tokens is None else known.kv_tokens // pool.block_tokens
+            return known.timer(), f"published model {name}: {known.source}", blocks
         own = pool.device in self._profiles or catalog.find_model(scenario.model) is None
         if name in KINDS and own:
             profile = self._profile(pool)

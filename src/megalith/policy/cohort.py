@@ -126,7 +126,7 @@ class Cohort:
             return False
         members = len(self.members)
         if steps > 1:
-            needed = self._taken(clock, steps - 1, members)
+            needed = self._taken(clock, steps - 1)
             if needed and not self._kv.promise(needed):
                 return False
         self.clock = clock + steps
@@ -182,7 +182,7 @@ class Cohort:
 
     def free_after(self, steps: int) -> int:
         """Free blocks after `steps` further steps, the step under way not counted."""
-        return self._kv.free_blocks - (self._taken(self.grown, steps, len(self.members)) if steps else 0)
+        return self._kv.free_blocks - (self._taken(self.grown, steps) if steps else 0)
 
     def chunks(self) -> list[Chunk]:
         """One chunk for each member, in rank order."""
@@ -200,14 +200,13 @@ class Cohort:
         if (contexts, edges) != (self.context_sum, self._edges):
             raise IntegrityError(f"contexts {contexts}, edges {edges}; counted {self.context_sum}, {self._edges}")
 
-    def _taken(self, clock: int, steps: int, members: int) -> int:
+    def _taken(self, clock: int, steps: int) -> int:
         """Blocks that the steps at the clocks clock + 1 to clock + steps take."""
         size, edges = self._size, self._edges
         first = (clock + 1) % size
         last = first + steps % size
-        if last <= size:
-            return steps // size * members + sum(edges[first:last])
-        return steps // size * members + sum(edges[first:]) + sum(edges[: last - size])
+        taken = sum(edges[first:last]) if last <= size else sum(edges[first:]) + sum(edges[: last - size])
+        return taken + steps // size * len(self.members) if steps >= size else taken
 
     def _is_live(self, entry: tuple[int, int, Sequence]) -> bool:
         member = entry[2]

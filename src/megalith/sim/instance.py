@@ -160,8 +160,11 @@ class Instance:
     def spent(self) -> tuple[int, int, int, int]:
         """Up to the last boundary before now: ps in steps with prompts, ps in steps of decodes, prompt tokens computed,
         tokens given to decodes."""
-        self.sync(self.kernel.now_ns)
-        return self.busy_prompt_ps, self.busy_decode_ps, self.prompt_tokens, self.decode_tokens
+        plan, done = self._plan, self._boundaries_before(self.kernel.now_ns) if self._steps > 1 else 0
+        if plan is None or not done:
+            return self.busy_prompt_ps, self.busy_decode_ps, self.prompt_tokens, self.decode_tokens
+        decode_ps = self.busy_decode_ps + done * self._first_ps + self._slope_ps * (done * (done - 1) // 2)
+        return self.busy_prompt_ps, decode_ps, self.prompt_tokens, self.decode_tokens + done * plan.decodes
 
     def busy_ps(self, now_ns: int) -> tuple[int, int]:
         """Up to now, the step under way included: ps in steps with prompts, ps in steps of decodes alone."""
@@ -305,9 +308,9 @@ class Instance:
                 self._end_prompts(plan, finished)
             else:
                 self.scheduler.complete(plan, [live.request.id for live in finished] if finished else (), steps)
-                end_ps = self._end_ps
-                self._count_leap(decodes, steps, end_ps - self._begun_ps)
-                self._begun_ps, self._steps, self._plan = end_ps, 0, None
+                self._count_leap(decodes, steps, self._end_ps - self._begun_ps)
+                self._begun_ps = self._end_ps
+                self._steps, self._plan = 0, None
             if finished:
                 self._let_go(finished)
             if self._at_boundary:
@@ -385,10 +388,11 @@ class Instance:
         steps = self._boundaries_before(self.kernel.now_ns) + 1
         if steps < self._steps:
             self._steps = steps
-            duration = steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
-            self._end_ps = end_ps = self._begun_ps + duration
-            self._version += 1
-            self.kernel.at(-(-end_ps // PS_PER_NS), self._end, self._version, STEP_END + self.id)
+            self._end_ps = end_ps = (
+                self._begun_ps + steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
+            )
+            self._version = version = self._version + 1
+            self.kernel.at(-(-end_ps // PS_PER_NS), self._end, version, STEP_END + self.id)
 
     def _boundaries_before(self, now_ns: int) -> int:
         """Steps of the leap that are over before `now_ns`: the largest k < steps with

@@ -50,6 +50,8 @@ from megalith.specs.workload import open_workload, told_max_new_tokens
 
 EVENTS_A_SLICE = 20_000
 """Events between two calls of `progress`."""
+MOST_SAMPLE_S = 60.0
+"""Between two samples of all instances, however many there are, where a scenario does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ class Run:
         unknown = PhasePower(nan, nan, nan)
         self._powers = {name: kind.power or unknown for name, kind in self.builder.kinds.items()}
         count = sum([pool.count for pool in fleet.pools])
-        sample_s = max(2.0, count / 2.0) if scenario.sample_s is None else scenario.sample_s
+        sample_s = min(max(5.0, count), MOST_SAMPLE_S) if scenario.sample_s is None else scenario.sample_s
         self._sample_ns = round(sample_s * NS_PER_S)
         for pool in fleet.pools:
             for _ in range(pool.count):
@@ -276,14 +278,14 @@ class Run:
         self._spent[instance.id] = (prompt_ps, decode_ps, prompt_tokens, decode_tokens)
         period_ps = period_ns * PS_PER_NS
         prompt_share, decode_share = (prompt_ps - before[0]) / period_ps, (decode_ps - before[1]) / period_ps
-        facts, scheduler = self.cluster.facts[instance.id], instance.scheduler
+        scheduler = instance.scheduler
         pool = self.cluster.pools[instance.id]
         idle_w, prompt_w, decode_w = self._powers[pool.name]
         power_w = idle_w + prompt_share * (prompt_w - idle_w) + decode_share * (decode_w - idle_w)
         return InstanceSample(
             instance.id,
             scheduler.num_running,
-            facts.waiting(),
+            scheduler.num_waiting + scheduler.num_swapped,
             1.0 - instance.free_blocks() / scheduler.kv.num_blocks,
             (prompt_tokens - before[2]) * 1e9 / period_ns,
             (decode_tokens - before[3]) * 1e9 / period_ns,

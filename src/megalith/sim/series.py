@@ -80,15 +80,17 @@ class Series:
             return
         width = len(InstanceSample._fields)
         table = np.fromiter(chain.from_iterable(rows), dtype=np.float64, count=len(rows) * width).reshape(-1, width)
-        order = np.argsort(table[:, 0], kind="stable")
-        table = table[order]
-        figures = np.ascontiguousarray(table[:, 1:])
+        instances = table[:, 0].astype(np.int64)
+        if (instances[1:] < instances[:-1]).any():
+            order = np.argsort(instances, kind="stable")
+            table, instances = table[order], instances[order]
+        figures = table[:, 1:].copy()
         power_w = float(figures[:, _POWER].sum())
         self.energy_j += power_w * (now_ns - start_ns) / NS_PER_S
         self.peak_power_w = max(self.peak_power_w, power_w)
         self.peak_waiting = max(self.peak_waiting, int(figures[:, _WAITING].sum()))
         self.peak_used_share = max(self.peak_used_share, float(figures[:, _USED].max()))
-        self._open.append(_Frame(start_ns, now_ns, table[:, 0].astype(np.int64), figures))
+        self._open.append(_Frame(start_ns, now_ns, instances, figures))
         self._open_samples += 1
         if self._open_samples >= self.joined:
             self._close()

@@ -34,6 +34,9 @@ Examples:
   megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384
   megalith plan serve smollm2 --memory 256MiB --json"""
 app.help_epilogue = _EXAMPLES
+app.command(
+    "megalith.cli.plan_fleet:app", name="fleet", help="Find the cheapest fleet that keeps a service level under a load."
+)
 
 
 @Parameter(name="*", group="What to plan")

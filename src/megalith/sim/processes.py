@@ -35,34 +35,61 @@ Outcome: TypeAlias = ResultT | Failed
 def run_tasks(
     tasks: Sequence[TaskT], run: Callable[[TaskT], ResultT], workers: int | None = None
 ) -> Generator[tuple[int, Outcome[ResultT]], None, None]:
-    """(place of the task, what came of it) as they come. `workers` processes, by default one a core; 1 runs them here.
+    """(place of the task, what came of it) as they come; see Crew."""
+    with Crew(run, min(count_workers(workers), len(tasks))) as crew:
+        yield from crew.results(tasks)
+
+
+def count_workers(asked: int | None) -> int:
+    """By default one a core that this process may use."""
+    return asked or len(os.sched_getaffinity(0))
+
+
+class Crew(Generic[TaskT, ResultT]):
+    """Worker processes that stay from one list of tasks to the next. 1 worker runs tasks here, in this process.
 
     `run` is a function of a module, tasks and results can be pickled. A MegalithError, a fault of ours and the end of
-    a process become Failed. KeyboardInterrupt passes through and gives up what runs.
+    a process become Failed. KeyboardInterrupt passes through; leaving the `with` block gives up what runs.
     """
-    count = min(workers or len(os.sched_getaffinity(0)), len(tasks))
-    if count <= 1:
-        for place, task in enumerate(tasks):
-            yield place, _attempt(run, task)
-        return
-    waiting = iter(enumerate(tasks))
-    busy: dict[Connection, _Worker[TaskT, ResultT]] = {}
-    try:
-        for _ in range(count):
-            _give_next(None, run, waiting, busy)
-        while busy:
-            for pipe in wait(list(busy)):
-                worker: _Worker[TaskT, ResultT] | None = busy.pop(cast(Connection, pipe))
-                assert worker is not None
+
+    def __init__(self, run: Callable[[TaskT], ResultT], workers: int) -> None:
+        self._run, self._most = run, workers
+        self._idle: list[_Worker[TaskT, ResultT]] = []
+        self._busy: dict[Connection, _Worker[TaskT, ResultT]] = {}
+
+    def results(self, tasks: Sequence[TaskT]) -> Iterator[tuple[int, Outcome[ResultT]]]:
+        """(place of the task, what came of it) as they come."""
+        if self._most <= 1:
+            for place, task in enumerate(tasks):
+                yield place, _attempt(self._run, task)
+            return
+        waiting = iter(enumerate(tasks))
+        for _ in range(min(self._most, len(tasks))):
+            self._give(next(waiting))
+        while self._busy:
+            for pipe in wait(list(self._busy)):
+                worker = self._busy.pop(cast(Connection, pipe))
                 place, result = worker.place, worker.take()
                 if result is None:
                     result = Failed(f"Its process ended by itself ({worker.end()}): out of memory? Try fewer workers.")
-                    worker = None
-                _give_next(worker, run, waiting, busy)
+                else:
+                    self._idle.append(worker)
+                following = next(waiting, None)
+                if following is not None:
+                    self._give(following)
                 yield place, result
-    finally:
-        for left in busy.values():
-            left.end()
+
+    def _give(self, task: tuple[int, TaskT]) -> None:
+        worker = self._idle.pop() if self._idle else _Worker(self._run)
+        self._busy[worker.pipe] = worker
+        worker.give(*task)
+
+    def __enter__(self) -> Crew[TaskT, ResultT]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (*self._busy.values(), *self._idle):
+            worker.end()
 
 
 def _attempt(run: Callable[[TaskT], ResultT], task: TaskT) -> Outcome[ResultT]:
@@ -110,23 +137,6 @@ class _Worker(Generic[TaskT, ResultT]):
             self.process.join()
         code = self.process.exitcode or 0
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _give_next(
-    worker: _Worker[TaskT, ResultT] | None,
-    run: Callable[[TaskT], ResultT],
-    waiting: Iterator[tuple[int, TaskT]],
-    busy: dict[Connection, _Worker[TaskT, ResultT]],
-) -> None:
-    """The next task for a worker, a new one if there is none; no task: its end."""
-    following = next(waiting, None)
-    if following is None:
-        if worker is not None:
-            worker.end()
-        return
-    worker = _Worker(run) if worker is None else worker
-    busy[worker.pipe] = worker
-    worker.give(*following)
 
 
 def _serve(pipe: Connection, run: Callable[[TaskT], ResultT]) -> None:

@@ -1,0 +1,188 @@
+"""`megalith plan fleet`: the cheapest or the least-power fleet that keeps a service level under a load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from megalith.base.errors import ConfigError
+from megalith.cli.output import JsonFlag, print_json, progress, result_console
+
+if TYPE_CHECKING:
+    from megalith.plan.fleet_answer import FleetPlan
+    from megalith.plan.fleet_question import FleetQuestion
+
+app = App(
+    name="fleet",
+    help="Find the cheapest fleet that keeps a service level under a load.",
+    help_format="plaintext",
+)
+_EXAMPLES = """\
+TRACE is what `megalith simulate` takes. Every device, degree and set-up is
+tried that can be: arithmetic first, then simulated runs that stop as soon as
+the service level is lost. The answer says what binds, what holds every other
+fleet back and how much more load the winner takes.
+
+Examples:
+  megalith plan fleet --trace azure-conv --model llama-3.1-8b \\
+      --slo ttft=400ms,tpot=50ms --device h100-sxm --device a100-80gb
+  megalith plan fleet --trace azure-conv --rate 40 --model llama-3.1-70b \\
+      --slo ttft=1s@p90,tpot=60ms@p90 --device h100-sxm --minimise power
+  megalith plan fleet --trace azure-code --model qwen3-32b --slo ttft=2s,tpot=80ms \\
+      --device h200 --price h200=6.1 --setup mixed --predict-only"""
+app.help_epilogue = _EXAMPLES
+
+
+@Parameter(name="*", group="What to plan")
+@dataclass(frozen=True)
+class Fleet:
+    """The load, the promise and what may be bought."""
+
+    trace: str = ""
+    """A trace file, a built-in workload or a drawn one (`poisson:rate=5,...`)."""
+    model: str = ""
+    """A model of the catalogue (`megalith models`)."""
+    slo: str = ""
+    """Service level, such as ttft=400ms,tpot=40ms@p90."""
+    device: tuple[str, ...] = ()
+    """A device of the catalogue. Give it once for each that may be bought."""
+    minimise: str = "cost"
+    """cost, power or devices."""
+    max_devices: int = 1024
+    """The largest fleet."""
+    price: tuple[str, ...] = ()
+    """DEVICE=USD of one for an hour, where the catalogue's is not yours."""
+    setup: tuple[str, ...] = ("all",)
+    """mixed, llumnix, splitwise, distserve or all."""
+    tensor_parallel: str = "1,2,4,8"
+    """Devices of an instance that may be tried."""
+    rate: float | None = None
+    """Requests a second: the workload at another rate."""
+    requests: int = 20_000
+    """Of the workload, so many are simulated at most."""
+    seed: int = 0
+
+
+@Parameter(name="*", group="How")
+@dataclass(frozen=True)
+class Details:
+    """Model formats and costs."""
+
+    weight_format: Annotated[str, Parameter(name="--format")] = "bf16"
+    """Weights: bf16, fp8, int8, ..."""
+    kv_format: Annotated[str, Parameter(name="--kv")] = "bf16"
+    """KV cache: bf16 or fp8."""
+    timer: str = "auto"
+    """auto, operators or analytic."""
+    max_context: int | None = None
+    """Most tokens of prompt and answer together."""
+    max_new: str | None = None
+    """What schedulers are told of an answer: context (default), a number, or true (an oracle)."""
+
+
+@app.default
+def fleet(
+    what: Fleet | None = None,
+    how: Details | None = None,
+    *,
+    predict_only: Annotated[bool, Parameter(negative="", help="Arithmetic only: seconds, and predicted.")] = False,
+    workers: Annotated[int | None, Parameter(help="Processes; by default one a core.")] = None,
+    plot: Annotated[Path | None, Parameter(help="Winner and runner-up against the rate, as a picture.")] = None,
+    json: JsonFlag = False,
+) -> int:
+    """Search and explain."""
+    from megalith.plan.fleet import plan_fleet
+
+    question = make_question(what or Fleet(), how or Details())
+    if plot is not None:
+        from megalith.report.plot import check_plot_path
+
+        check_plot_path(plot)
+    with progress("simulating" if not predict_only else "planning", None, "runs") as advance:
+        plan = plan_fleet(question, simulate=not predict_only, workers=workers, advance=advance)
+        if plot is not None:
+            _draw(plot, plan, question, workers)
+    if json:
+        print_json(plan)
+    else:
+        _print(plan)
+    return 0
+
+
+def make_question(what: Fleet, how: Details) -> FleetQuestion:
+    """The question that the flags ask. Raises ConfigError."""
+    import msgspec
+
+    from megalith.base.config import convert
+    from megalith.plan.fleet_question import OBJECTIVES, SETUP_NAMES, FleetQuestion
+    from megalith.specs.slo import parse_slo
+    from megalith.specs.workload_rate import at_rate
+    from megalith.specs.workload_text import parse_workload
+
+    for name in ("trace", "model", "slo", "device"):
+        if not getattr(what, name):
+            raise ConfigError(f"A fleet cannot be planned without --{name}.", "`megalith plan fleet --help` shows how.")
+    if what.minimise not in OBJECTIVES:
+        raise ConfigError(f"{what.minimise!r} is nothing to minimise.", f"Choose {', '.join(OBJECTIVES)}.")
+    workload = parse_workload(what.trace)
+    if what.rate is not None:
+        workload = at_rate(workload, what.rate)
+    if how.max_new is not None:
+        told: int | str = int(how.max_new) if how.max_new.isdigit() else how.max_new
+        workload = convert(msgspec.to_builtins(workload) | {"max_new": told}, type(workload), "--max-new")
+    return FleetQuestion(
+        model=what.model, workload=workload, slo=parse_slo(what.slo), devices=what.device,
+        tensor_parallel=_degrees(what.tensor_parallel),
+        setups=SETUP_NAMES if "all" in what.setup else what.setup,
+        minimise=what.minimise, most_devices=what.max_devices, prices_usd=_prices(what.price), seed=what.seed,
+        weight_format=how.weight_format, kv_format=how.kv_format, timer=how.timer, max_context=how.max_context,
+        most_requests=what.requests,
+    )  # fmt: skip
+
+
+def _degrees(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--tensor-parallel {text!r} is no list of degrees.", "Write it like 1,2,4,8.") from None
+
+
+def _prices(texts: tuple[str, ...]) -> dict[str, float]:
+    prices = {}
+    for text in texts:
+        device, _, price = text.partition("=")
+        try:
+            prices[device] = float(price)
+        except ValueError:
+            raise ConfigError(f"--price {text!r} is no price.", "Write it like h100-sxm=2.99.") from None
+        if not prices[device] >= 0:
+            raise ConfigError(f"--price {text!r} is below zero.", "Write it like h100-sxm=2.99.")
+    return prices
+
+
+def _print(plan: FleetPlan) -> None:
+    from megalith.plan.fleet_explain import choice_table, headline, passed_table
+
+    console = result_console()
+    for line in headline(plan):
+        console.print(line, soft_wrap=True)
+    console.print(choice_table(plan).to_rich())
+    if plan.passed:
+        console.print(passed_table(plan).to_rich())
+
+
+def _draw(path: Path, plan: FleetPlan, question: FleetQuestion, workers: int | None) -> None:
+    """Winner and runner-up at several rates around the planned one."""
+    from megalith.plan.fleet_curves import fleet_points
+    from megalith.report.plot_frame import Caption
+    from megalith.report.plot_sweep import plot_curves
+    from megalith.sim.sweep import run_points
+    from megalith.sim.sweep_rows import curves
+
+    results = list(run_points(fleet_points(plan, question), workers=workers))
+    settings = {"model": plan.model, "load": plan.load, "service level": plan.slo}
+    panels, limits = curves(results, question.slo)
+    plot_curves(path, Caption("Winner and runner-up", settings), panels, limits)

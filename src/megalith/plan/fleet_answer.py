@@ -1,0 +1,90 @@
+"""What `plan fleet` answers: the winner, the runner-up, what holds it back, and what became of every other kind.
+
+Only data. Figures of trials are simulated, those of predictions predicted; the struct says which it holds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from megalith.plan.fleet_question import Objective, Shape, Size
+from megalith.plan.fleet_trial import Trial
+
+FORMAT = "megalith.plan-fleet/1"
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A fleet that keeps the service level."""
+
+    shape: Shape
+    size: Size
+    devices: int
+    objective: float
+    """In USD an hour, watts or devices."""
+    price_per_hour_usd: float | None
+    power_w: float | None
+    price_per_million_tokens_usd: float | None
+    trial: Trial | None
+    """None where only the arithmetic was asked."""
+    ttft_ns: float | None
+    """At the percentile of its bound."""
+    tpot_ns: float | None
+    margin: float | None
+
+    @property
+    def title(self) -> str:
+        """In a few words."""
+        return self.shape.render(self.size)
+
+
+class Passed(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of fleet that was not chosen."""
+
+    shape: Shape
+    stage: Literal["arithmetic", "sample", "whole"]
+    """What decided: no simulation, one of a part of the load, or one of all of it."""
+    instances: int | None
+    """What it needs, or at least needs."""
+    objective: float | None
+    why: str
+
+
+class Headroom(msgspec.Struct, frozen=True, kw_only=True):
+    """How much more load the winner takes."""
+
+    kept_times: float
+    """At this many times the rate the service level is kept."""
+    broken_times: float | None
+    """At this many it is not; None: it was kept at the highest that was tried."""
+    breaks: str
+
+
+class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer."""
+
+    format: str
+    nature: Literal["simulated", "predicted"]
+    minimise: Objective
+    model: str
+    slo: str
+    load: str
+    rate_per_s: float
+    requests: int
+    """Of the load, so many were simulated or counted."""
+    requests_in_all: int | None
+    span_s: float
+    winner: Choice
+    runner_up: Choice | None
+    binding: str
+    """The bound with the least margin, in words, and what one instance less would do."""
+    resource: str
+    headroom: Headroom | None
+    passed: list[Passed]
+    mechanisms: list[str]
+    """What each set-up would cost against the plain one, in words."""
+    runs: int
+    notes: list[str]
+    timing: dict[str, str]
+    """By device: where its step times come from."""

@@ -1,0 +1,159 @@
+"""A FleetPlan in words: what binds, what the mechanisms are worth, and the tables for the terminal.
+
+Only words and layout; computes nothing but differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megalith.plan.fleet_answer import Choice, FleetPlan, Headroom, Passed
+from megalith.plan.fleet_question import Objective
+from megalith.plan.fleet_trial import Trial, scarce
+from megalith.report.table import Column, Table, render_number
+
+_UNITS: dict[Objective, str] = {"cost": "$/h", "power": "W", "devices": "devices"}
+
+_TIGHT = 1.1
+"""Headroom below which a plan is a risk: step times are predicted to some tens of per cent (docs/prediction.md)."""
+
+
+def describe_binding(winner: Choice, below: Trial | None, fallback: str) -> tuple[str, str]:
+    """(what holds the winner back and what one instance less would do, the resource that is short)."""
+    trial = winner.trial
+    assert trial is not None
+    left = "" if trial.margin is None else f" with {trial.margin:.0%} of its limit left"
+    first = f"{trial.binding} has the least room{left}"
+    if below is None:
+        fewer = "there is no smaller fleet of this kind"
+        if winner.size.instances > winner.shape.smallest:
+            fewer = f"fewer instances cannot do the work ({fallback})"
+        return f"{first}; {fewer}", scarce(trial, fallback)
+    bound, number = below.breaks, f"{below.size} instance{'s' if below.instances > 1 else ''}"
+    share = f"{below.shares.get(bound, below.attained):.0%} of the requests were within it"
+    when = f" when {below.requests:,} had ended" if below.stopped_early else ""
+    breaks = "break" if below.instances > 1 else "breaks"
+    return f"{first}; {number} {breaks} {bound}: {share}{when}", scarce(below, fallback)
+
+
+def describe_mechanisms(choices: Sequence[Choice], passed: Sequence[Passed], minimise: Objective) -> list[str]:
+    """What the best fleet of each set-up costs against the best plain one."""
+    best: dict[str, tuple[float, str]] = {}
+    for choice in sorted(choices, key=lambda choice: choice.objective):
+        best.setdefault(choice.shape.setup, (choice.objective, choice.title))
+    unit = _UNITS[minimise]
+    plain = best.get("mixed")
+    lines = []
+    for setup in dict.fromkeys([*best, *(one.shape.setup for one in passed)]):
+        if setup == "mixed":
+            continue
+        if setup not in best:
+            lower = [one.objective for one in passed if one.shape.setup == setup and one.objective is not None]
+            least = f": at least {render_number(min(lower), 4)} {unit}" if lower else ""
+            lines.append(f"{setup} does not pay here{least}")
+            continue
+        objective, title = best[setup]
+        if plain is None:
+            lines.append(f"{setup}: {render_number(objective, 4)} {unit} ({title}); no plain fleet comes as far")
+        else:
+            saved = 1 - objective / plain[0] if plain[0] else 0.0
+            pays = f"saves {saved:.0%}" if saved > 0.005 else "does not pay here"
+            rest = f"{render_number(objective, 4)} {unit} ({title}) against {render_number(plain[0], 4)} ({plain[1]})"
+            lines.append(f"{setup} {pays}: {rest}")
+    return lines
+
+
+def headline(plan: FleetPlan) -> list[str]:
+    """The answer in a few lines."""
+    winner, unit = plan.winner, _UNITS[plan.minimise]
+    least = {"cost": "cheapest", "power": "least-power", "devices": "smallest"}[plan.minimise]
+    price = "" if winner.price_per_hour_usd is None else f", {render_number(winner.price_per_hour_usd, 4)} $/h"
+    lines = [
+        f"{plan.nature}: {plan.model} under {plan.load}, {render_number(plan.rate_per_s)} requests/s, {plan.slo}",
+        f"{least}: {winner.title} ({winner.devices} devices{price})",
+    ]
+    if plan.runner_up is not None:
+        more = plan.runner_up.objective / winner.objective - 1 if winner.objective else 0.0
+        told = f"{render_number(plan.runner_up.objective, 4)} {unit}, {more:+.0%}"
+        lines.append(f"runner-up: {plan.runner_up.title} ({told})")
+    lines.append(f"binding: {plan.binding}")
+    lines.append(f"short of: {plan.resource}")
+    if plan.headroom is not None:
+        lines.append(f"headroom: {headroom_text(plan.headroom, plan.rate_per_s)}")
+        if plan.headroom.kept_times < _TIGHT:
+            lines.append(
+                "risk: hardly any headroom; figures of the cost model are not that exact: buy one instance more"
+            )
+    lines += [f"set-up: {line}" for line in plan.mechanisms]
+    return lines
+
+
+def headroom_text(headroom: Headroom, rate_per_s: float) -> str:
+    """`1.22 times the load (6.7 requests/s) is kept, 1.28 times breaks ttft=400ms`."""
+    rate = render_number(rate_per_s * headroom.kept_times)
+    kept = f"{headroom.kept_times:.3g} times the load ({rate} requests/s) is kept"
+    if headroom.broken_times is None:
+        return f"{kept}; more was not tried"
+    return f"{kept}, {headroom.broken_times:.3g} times breaks {headroom.breaks}"
+
+
+def choice_table(plan: FleetPlan) -> Table:
+    """Winner and runner-up, with their figures."""
+    nature = plan.nature
+    columns = [
+        Column("place", "place"),
+        Column("fleet", "fleet"),
+        Column("devices", "devices", "count"),
+        Column("price_per_hour_usd", "$/h", "number", digits=4),
+        Column("price_per_million_tokens_usd", "$/Mtok", "number", nature),
+        Column("power_w", "mean power, W", "count", nature),
+        Column("ttft_ns", "TTFT", "duration_ns", nature),
+        Column("tpot_ns", "TPOT", "duration_ns", nature),
+        Column("attained", "good", "share", nature),
+        Column("margin", "margin", "share", nature),
+        Column("kv_peak_share", "KV peak", "share", nature),
+    ]
+    table = Table(columns, title="Fleets that keep the service level")
+    for place, choice in (("winner", plan.winner), ("runner-up", plan.runner_up)):
+        if choice is None:
+            continue
+        trial = choice.trial
+        table.add(
+            place, choice.title, choice.devices, choice.price_per_hour_usd, choice.price_per_million_tokens_usd,
+            choice.power_w, choice.ttft_ns, choice.tpot_ns, None if trial is None else trial.attained, choice.margin,
+            None if trial is None else trial.kv_peak_share,
+        )  # fmt: skip
+    table.notes.append("TTFT and TPOT are those at the percentile of their bound.")
+    table.notes += plan.notes
+    if plan.runs:
+        table.notes.append(f"{plan.runs:,} runs of {plan.span_s / 60:.3g} min of load or parts of it")
+    return table
+
+
+def passed_table(plan: FleetPlan) -> Table:
+    """Every other kind of fleet, and why not; the same reason for several degrees once."""
+    unit = _UNITS[plan.minimise]
+    columns = [
+        Column("device", "device"),
+        Column("degree", "tp"),
+        Column("setup", "set-up"),
+        Column("instances", "instances", "count"),
+        Column("objective", unit, "number", digits=4),
+        Column("stage", "decided by"),
+        Column("why", "why"),
+    ]
+    table = Table(columns, title="Not chosen")
+    groups: dict[tuple[object, ...], tuple[dict[int, None], dict[str, None]]] = {}
+    for one in plan.passed:
+        key = (one.shape.device, one.instances, one.objective, one.stage, one.why)
+        degrees, setups = groups.setdefault(key, ({}, {}))
+        degrees[one.shape.tensor_parallel] = None
+        setups[one.shape.setup] = None
+    stages = {"arithmetic": "arithmetic", "sample": "a part of the load", "whole": "all of the load"}
+    for (device, instances, objective, stage, why), (degrees, setups) in groups.items():
+        table.add(
+            str(device), ", ".join(map(str, degrees)), ", ".join(setups),
+            instances if isinstance(instances, int) else None,
+            objective if isinstance(objective, float) else None, stages[str(stage)], str(why),
+        )  # fmt: skip
+    return table

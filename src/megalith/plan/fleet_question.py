@@ -1,0 +1,167 @@
+"""What `plan fleet` is asked, and the fleets that may answer: devices, degrees, set-ups and sizes.
+
+Knows how a candidate becomes a FleetSpec and what it costs; must not know how well it does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal, NamedTuple, TypeAlias
+
+from megalith.base.config import Config
+from megalith.base.errors import ConfigError
+from megalith.sim.scenario import Scenario
+from megalith.sim.setups import SETUPS, apply
+from megalith.specs import catalog
+from megalith.specs.fleet import FleetSpec, PoolSpec
+from megalith.specs.slo import Slo
+from megalith.specs.workload import WorkloadSpec
+
+Objective: TypeAlias = Literal["cost", "power", "devices"]
+OBJECTIVES: tuple[Objective, ...] = ("cost", "power", "devices")
+SETUP_NAMES = ("mixed", "llumnix", "splitwise", "distserve")
+"""From plain to involved: of two fleets that are as good, the plainer one is chosen."""
+
+
+class FleetQuestion(Config, kw_only=True):
+    """All that decides the answer."""
+
+    model: str
+    workload: WorkloadSpec
+    slo: Slo
+    devices: tuple[str, ...]
+    tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
+    setups: tuple[str, ...] = SETUP_NAMES
+    minimise: Objective = "cost"
+    most_devices: int = 1024
+    prices_usd: dict[str, float] = {}
+    """Of one device for an hour; the catalogue's where it is not said."""
+    seed: int = 0
+    weight_format: str = "bf16"
+    kv_format: str = "bf16"
+    timer: str = "auto"
+    max_context: int | None = None
+    most_requests: int = 20_000
+    """Of the workload, so many are simulated at most (more where they pass within two minutes)."""
+
+    def __post_init__(self) -> None:
+        """ConfigError for a question without an answer."""
+        if not self.devices:
+            raise ConfigError("There is no device to choose from.", "Add --device h100-sxm.")
+        if not any(bound.metric in ("ttft", "e2e") for bound in self.slo.bounds):
+            raise ConfigError(
+                f"The service level {self.slo} lets everybody wait for ever: one instance would keep it.",
+                "Add a bound on ttft or e2e, such as ttft=1s.",
+            )
+        for name in self.setups:
+            if name not in SETUP_NAMES:
+                near = difflib.get_close_matches(name, SETUP_NAMES, n=1, cutoff=0.0)[0]
+                raise ConfigError(
+                    f"There is no set-up {name!r} to plan with.",
+                    f"Did you mean {near!r}? Known: {', '.join(SETUP_NAMES)}, all.",
+                )
+        if min(self.tensor_parallel, default=0) < 1 or self.most_devices < 1 or self.most_requests < 1:
+            raise ConfigError("Degrees, devices and requests are at least 1.", "Give numbers above 0.")
+        unknown = set(self.prices_usd) - set(self.devices)
+        if unknown:
+            raise ConfigError(f"There is a price for {', '.join(sorted(unknown))}, which is no --device.", "Add it.")
+        if self.minimise == "cost":
+            self._check_prices()
+
+    def price_usd(self, device: str) -> float | None:
+        """Of one device for an hour."""
+        return self.prices_usd.get(device, catalog.device(device).price_per_hour_usd)
+
+    def scenario(self, fleet: FleetSpec, **changes: object) -> Scenario:
+        """The scenario of a fleet under this load."""
+        given: dict[str, object] = {
+            "model": self.model, "fleet": fleet, "workload": self.workload, "slo": self.slo, "seed": self.seed,
+            "weight_format": self.weight_format, "kv_format": self.kv_format, "timer": self.timer,
+            "max_context": self.max_context,
+        }  # fmt: skip
+        return Scenario(**(given | changes))  # type: ignore[arg-type]
+
+    def _check_prices(self) -> None:
+        free = [device for device in self.devices if self.price_usd(device) is None]
+        if free:
+            raise ConfigError(
+                f"The catalogue has no price for {', '.join(free)}.",
+                f"Add --price {free[0]}=USD for an hour of one, or --minimise devices.",
+            )
+
+
+class Size(NamedTuple):
+    """How many instances, and how many of them do prompts only (0: every one does both)."""
+
+    instances: int
+    prefill: int = 0
+
+    @property
+    def decode(self) -> int:
+        """Instances that decode only."""
+        return self.instances - self.prefill if self.prefill else 0
+
+    def __str__(self) -> str:
+        return f"{self.prefill}+{self.decode}" if self.prefill else f"{self.instances}"
+
+
+class Shape(Config, kw_only=True):
+    """A kind of fleet: all of it but the size."""
+
+    device: str
+    tensor_parallel: int
+    setup: str
+
+    @property
+    def split(self) -> bool:
+        """Whether prompts and decodes have pools of their own."""
+        return self.setup in SETUPS and SETUPS[self.setup].split
+
+    @property
+    def smallest(self) -> int:
+        """Instances of the smallest fleet."""
+        return 2 if self.split else 1
+
+    def most(self, devices: int) -> int:
+        """Instances that so many devices make."""
+        return devices // self.tensor_parallel
+
+    def sizes(self, instances: int, prefill_share: float, most: int) -> list[Size]:
+        """Sizes of so many instances: one where all do both, else the splits nearest to a share, at most so many."""
+        if not self.split:
+            return [Size(instances)]
+        center = instances * prefill_share
+        splits = sorted(range(1, instances), key=lambda prefill: (abs(prefill - center), prefill))
+        return [Size(instances, prefill) for prefill in splits[:most]]
+
+    def fleet(self, size: Size) -> FleetSpec:
+        """The FleetSpec. Raises ConfigError when this set-up cannot have that size."""
+        if size.prefill:
+            pools: tuple[PoolSpec, ...] = (
+                self._pool("prefill", size.prefill, "prefill"),
+                self._pool("decode", size.decode, "decode"),
+            )
+        else:
+            pools = (self._pool("mixed", size.instances, "mixed"),)
+        fleet = FleetSpec(pools=pools)
+        return fleet if self.setup == "mixed" else apply(self.setup, fleet)
+
+    def _pool(self, name: str, count: int, role: Literal["mixed", "prefill", "decode"]) -> PoolSpec:
+        return PoolSpec(name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel)
+
+    def render(self, size: Size | None = None) -> str:
+        """In a few words: `4 x h100-sxm tp2, llumnix`."""
+        degree = f" tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        count = "" if size is None else f"{size} x "
+        return f"{count}{self.device}{degree}, {self.setup}"
+
+
+def shapes(question: FleetQuestion) -> list[Shape]:
+    """All kinds of fleets that the question allows, plain set-ups first."""
+    return [
+        Shape(device=device, tensor_parallel=degree, setup=setup)
+        for setup in sorted(dict.fromkeys(question.setups), key=SETUP_NAMES.index)
+        for device in dict.fromkeys(question.devices)
+        for degree in sorted(set(question.tensor_parallel))
+        if degree <= question.most_devices
+    ]

@@ -12,7 +12,7 @@ jumped over, so that other programs on the machine do not count to first order. 
 a virtual machine's speed wanders by itself; so calibration traces run beside each reported one on a second engine, in
 turns of a quarter of a second, and say how fast the machine was at each moment. The profile is of all calibration steps
 together; the simulated device is slower or faster at a moment as the calibration steps around that moment were
-(`--steady`: as those of the whole run were).
+(`--speed run`: as those of the whole run were; `none`: always as in the profile).
 `--clock wall` waits in real time; a calibration run comes before each reported one. `--driver service` goes through
 the asyncio engine, as the server does (wall only).
 """
@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--clock", choices=["processor", "wall"], default="processor")
     parser.add_argument("--driver", choices=["loop", "service"], default="loop")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steady", action="store_true", help="one speed of the machine for the whole of a run")
+    parser.add_argument(
+        "--speed", choices=["moment", "run", "none"], default="moment", help="of the machine: see above"
+    )
     parser.add_argument("--logs", type=Path, help="keep the decision logs and measured times in this new folder")
     parser.add_argument("--read", type=Path, help="measure nothing: compare the runs that --logs kept in this folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("shadow.jsonl"))
@@ -115,11 +117,11 @@ def evaluate(runs: list[LiveRun], about: dict[str, Any], options: argparse.Names
     fitted = with_rates(cost, fit_steps(cost, steps))
     print(f"fitted on {len(steps)} steps of the calibration runs", file=sys.stderr)
     row: dict[str, Any] = {
-        **about, "steady": options.steady, "fit_steps": len(steps),
+        **about, "speed": options.speed, "fit_steps": len(steps),
         "rates": msgspec.to_builtins(fitted.profile.rates),
         "shadow": [shadow(log, policy) for run in runs for log, policy in run.logs()],
         "rows": [
-            compare([run for run in runs if (run.trace, run.policy) == (name, policy)], fitted, options.steady)
+            compare([run for run in runs if (run.trace, run.policy) == (name, policy)], fitted, options.speed)
             for name in TRACES
             for policy in POLICIES
         ],
@@ -196,11 +198,11 @@ def shadow(log: Path, policy: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare(runs: list[LiveRun], cost: CostModel, steady: bool) -> dict[str, Any]:
+def compare(runs: list[LiveRun], cost: CostModel, speed: str) -> dict[str, Any]:
     """Percentiles of all repeats together against those simulated, and the repeats against each other."""
     name, policy = runs[0].trace, runs[0].policy
     factors = [1.0 / (1.0 + bias(cost, run.calibration_steps())) for run in runs]
-    model = [simulated(name, policy, cost, run.speeds(cost, steady)) for run in runs]
+    model = [simulated(name, policy, cost, run.speeds(cost, speed)) for run in runs]
     found: dict[str, Any] = {
         "trace": name, "policy": policy, "requests": len(model[0]), "factors": [round(f, 4) for f in factors],
         "step_time_bias": [
@@ -256,7 +258,8 @@ def table(row: dict[str, Any]) -> str:
         f"- shadow test: {identical} of {len(shadows)} recorded runs replayed identically "
         f"({sum(e['calls'] for e in shadows)} calls, {sum(e['plans'] for e in shadows)} plans); "
         f"{caught} of {2 * len(shadows)} controls caught",
-        f"- clock {row['clock']}, driver {row['driver']}, {row['repeats']} repeats, fitted on {row['fit_steps']} steps",
+        f"- clock: {row['clock']}, driver: {row['driver']}, speed of the machine: {row['speed']}, "
+        f"{row['repeats']} repeats, fitted on {row['fit_steps']} steps",
         f"- the live engine against itself, repeat against repeat: median {statistics.median(spreads):.1%}, "
         f"worst {max(spreads):.1%}",
         f"- others took {row['other_cores']} cores meanwhile; commit {row['commit']}, {row['date']}",

@@ -113,10 +113,12 @@ class LiveRun:
     def calibration_steps(self) -> list[TimedStep]:
         return [step for log, _ in self.calibration for step in recorded_steps(log)]
 
-    def speeds(self, cost: CostModel, steady: bool) -> list[tuple[int, float]]:
+    def speeds(self, cost: CostModel, of: str) -> list[tuple[int, float]]:
         """(time from which on, factor on predicted step times), from the calibration steps around each turn."""
         steps, turns = self.calibration_steps(), len(self.turns)
-        if steady or not turns:
+        if of == "none":
+            return [(0, 1.0)]
+        if of == "run" or not turns:
             return [(0, 1.0 / (1.0 + bias(cost, steps)))]
         begins, counts = [0, *[at_ns for at_ns, _ in self.turns]], [0, *[count for _, count in self.turns]]
         speeds = []

@@ -62,11 +62,12 @@ def test_the_speed_of_the_machine_is_that_of_the_steps_around_a_turn(
     run = live.LiveRun("bursts", "splitfuse", 0, tmp_path)
     monkeypatch.setattr(run, "calibration_steps", lambda: steps)
     run.turns = [(100 * (i + 1), i + 1) for i in range(40)]
-    speeds = run.speeds(COST, False)
+    speeds = run.speeds(COST, "moment")
     assert [at_ns for at_ns, _ in speeds] == [100 * i for i in range(40)]
     assert [round(factor, 3) for _, factor in speeds[:16]] == [1.0] * 16
     assert [round(factor, 3) for _, factor in speeds[24:]] == [2.0] * 16
-    assert run.speeds(COST, True) == [(0, pytest.approx(1.5, rel=1e-6))]
+    assert run.speeds(COST, "none") == [(0, 1.0)]
+    assert run.speeds(COST, "run") == [(0, pytest.approx(1.5, rel=1e-6))]
 
 
 @pytest.mark.parametrize("policy", ["splitfuse", "prefill-first"])

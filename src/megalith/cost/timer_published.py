@@ -5,16 +5,13 @@ Knows names, units and sources of published figures; computes nothing but units.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import tomllib
 from collections.abc import Mapping
-from importlib.resources import files
 
-from megalith.base.config import Config, convert
-from megalith.base.errors import ConfigError
+from megalith.base.config import Config
 from megalith.cost.timer_linear import DecodeTerms, LinearTimer, PromptTerms
 from megalith.cost.timer_phases import PhasePower
+from megalith.specs import catalog
 
 _PS_PER_MS = 1_000_000_000
 
@@ -69,22 +66,12 @@ class PublishedTimer(Config, kw_only=True):
 @functools.cache
 def published_timers() -> Mapping[str, PublishedTimer]:
     """Every published timer of the catalogue by its name."""
-    found: dict[str, PublishedTimer] = {}
-    root = files("megalith").joinpath("catalog", "timers")
-    for file in sorted(root.iterdir(), key=lambda item: item.name):
-        if file.name.endswith(".toml"):
-            for name, table in tomllib.loads(file.read_text(encoding="utf-8")).get("timers", {}).items():
-                found[name] = convert(table, PublishedTimer, f"catalog/timers/{file.name}, {name}")
-    return found
+    return catalog.entries("timers", "timers", PublishedTimer)
 
 
 def published(name: str) -> PublishedTimer:
     """The published timer of that name. Raises ConfigError with the nearest names."""
-    known = published_timers()
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(known)
-    raise ConfigError(f"There is no published timer {name!r} ({len(known)} known).", f"Did you mean {', '.join(near)}?")
+    return catalog.named(name, published_timers(), "published timer")
 
 
 def _ps(milliseconds: float) -> int:

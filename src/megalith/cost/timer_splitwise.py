@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import tomllib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from megalith.base.config import Config, convert
+from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.cost.timer import Line, Prompt
 from megalith.cost.timer_phases import (
@@ -38,6 +36,7 @@ from megalith.cost.timer_phases import (
     memory_slowdown,
     quick_line,
 )
+from megalith.specs import catalog
 
 TokenQuery: TypeAlias = Literal["artifact", "context_aware"]
 TOKEN_QUERIES: tuple[TokenQuery, ...] = ("artifact", "context_aware")
@@ -179,15 +178,9 @@ class SplitwiseTimer:
 @functools.cache
 def splitwise_tables() -> Mapping[str, SplitwiseTable]:
     """Every table of the catalogue by its name, such as "llama2-70b/h100-80gb/tp8"."""
-    text = files("megalith").joinpath("catalog", "timers", "splitwise.toml").read_text(encoding="utf-8")
-    entries = tomllib.loads(text)["splitwise"].items()
-    return {name: convert(table, SplitwiseTable, f"catalog/timers/splitwise.toml, {name}") for name, table in entries}
+    return catalog.entries("timers", "splitwise", SplitwiseTable)
 
 
 def splitwise(name: str) -> SplitwiseTable:
     """The table of that name. Raises ConfigError with the nearest names."""
-    known = splitwise_tables()
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(known)
-    raise ConfigError(f"splitwise-sim has no table {name!r} ({len(known)} known).", f"Did you mean {', '.join(near)}?")
+    return catalog.named(name, splitwise_tables(), "table of splitwise-sim")

@@ -17,15 +17,12 @@ The polynomials come from `vidur_fit`. Knows no cluster and no policy.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from math import isqrt
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from megalith.base.config import Config, convert
+from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.cost.timer import Line, Prompt, StepTimer
 from megalith.cost.timer_phases import (
@@ -36,6 +33,7 @@ from megalith.cost.timer_phases import (
     memory_slowdown,
     quick_line,
 )
+from megalith.specs import catalog
 
 Polynomial: TypeAlias = tuple[tuple[int, int, float], ...]
 """Terms (power of x, power of y, factor); milliseconds."""
@@ -221,18 +219,12 @@ def _value(terms: Polynomial, x: float, y: float = 1.0) -> float:
 @functools.cache
 def vidur_models() -> Mapping[str, VidurModel]:
     """Every fitted model of the catalogue by its name, such as "llama-2-70b/a100/a100_dgx/tp2"."""
-    text = files("megalith").joinpath("catalog", "timers", "vidur.toml").read_text(encoding="utf-8")
-    entries = tomllib.loads(text)["vidur"].items()
-    return {name: convert(table, VidurModel, f"catalog/timers/vidur.toml, {name}") for name, table in entries}
+    return catalog.entries("timers", "vidur", VidurModel)
 
 
 def vidur(name: str) -> VidurModel:
     """The fitted model of that name. Raises ConfigError with the nearest names."""
-    known = vidur_models()
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(known)
-    raise ConfigError(f"There is no Vidur model {name!r} ({len(known)} known).", f"Did you mean {', '.join(near)}?")
+    return catalog.named(name, vidur_models(), "Vidur model")
 
 
 def vidur_for(model: str, device: str, tensor_parallel: int, network: str = "") -> VidurModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.base.errors import ConfigError, MachineError
-from megalith.base.units import format_bytes
+from megalith.report.guarded import guarded
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -78,7 +78,7 @@ class ParquetWriter:
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._connection: DuckDBPyConnection | None = None
         declared = ", ".join(f"{_name(column.name)} {_TYPES[column.kind][0]}" for column in self._columns)
-        with _Guard(self):
+        with self._guarded():
             self._connection = _connect(self._database)
             self._connection.execute(f"CREATE TABLE held ({declared})")
 
@@ -98,7 +98,7 @@ class ParquetWriter:
         if self._connection is None:
             return
         self._flush()
-        with _Guard(self):
+        with self._guarded():
             selected = ", ".join(_expression(column) for column in self._columns)
             facts = ", ".join(f"{_name(key)}: {_text(value)}" for key, value in self._facts.items())
             options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}"
@@ -127,6 +127,11 @@ class ParquetWriter:
         else:
             self.discard()
 
+    def _guarded(self) -> AbstractContextManager[None]:
+        import duckdb
+
+        return guarded(self._path, lambda: f"{self.rows:,} rows", self.discard, (duckdb.Error, OSError))
+
     @property
     def _spill(self) -> Path:
         return self._database.with_name(self._database.name + ".tmp")
@@ -140,7 +145,7 @@ class ParquetWriter:
             )
             for column in self._columns
         }
-        with _Guard(self):
+        with self._guarded():
             self._connection.register("batch", batch)
             self._connection.execute("INSERT INTO held SELECT * FROM batch")
             self._connection.unregister("batch")
@@ -156,33 +161,6 @@ class ParquetWriter:
         # Closing writes the held rows once more, which a full disk refuses; nobody needs them now.
         with suppress(duckdb.Error):
             connection.close()
-
-
-class _Guard:
-    """Turns a failure of DuckDB or of the disk into one of ours, and cleans up."""
-
-    def __init__(self, writer: ParquetWriter) -> None:
-        self._writer = writer
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        import duckdb
-
-        if kind is None:
-            return
-        path = self._writer._path
-        with suppress(OSError):
-            self._writer.discard()
-        if not isinstance(error, duckdb.Error | OSError):
-            return
-        free = format_bytes(shutil.disk_usage(path.parent).free)
-        reason = " ".join(str(error).split()).rstrip(".")
-        what = f"{path.name} could not be written after {self._writer.rows:,} rows: {reason[:300]}."
-        raise MachineError(what, f"{free} are free in {path.parent}; make room, or name a file elsewhere.") from None
 
 
 def read_parquet(path: Path) -> dict[str, Array]:

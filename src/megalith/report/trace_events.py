@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import msgspec
 
-from megalith.base.errors import ConfigError, MachineError
-from megalith.base.units import format_bytes
+from megalith.base.errors import ConfigError
+from megalith.report.guarded import guarded
 
 MOST_EVENTS = 1_000_000
 """About 120 MB of JSON, 8 MB compressed: what the viewers still open."""
@@ -63,7 +62,7 @@ class TraceWriter:
         self._held: list[bytes] = []
         self._begun = False
         self._file: IO[bytes] | gzip.GzipFile | None = None
-        with _Guard(self):
+        with self._guarded():
             self._file = _open(self._partial, compressed=path.name.endswith(".gz"))
             self._file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
 
@@ -136,7 +135,7 @@ class TraceWriter:
             note = f"Cut at {self.events:,} events; {self.left_out:,} later ones are left out."
             self._facts["note"] = note
             self._put({"ph": "i", "s": "g", "ts": _us(self._last_ns), "pid": 0, "tid": 0}, note, None)
-        with _Guard(self):
+        with self._guarded():
             self._flush()
             self._file.write(b'\n],"otherData":' + self._encode(self._facts) + b"}\n")
             self._file.close()
@@ -164,6 +163,9 @@ class TraceWriter:
         else:
             self.discard()
 
+    def _guarded(self) -> AbstractContextManager[None]:
+        return guarded(self._path, lambda: f"{self.events:,} events", self.discard)
+
     def _room(self, count: int, at_ns: int) -> bool:
         """Whether `count` more events may be written. Once one was left out all are: no gap looks like quiet."""
         if self.left_out or self.events + count > self._most:
@@ -182,7 +184,7 @@ class TraceWriter:
             body["args"] = arguments
         self._held.append(self._encode(body))
         if len(self._held) >= _BUFFERED:
-            with _Guard(self):
+            with self._guarded():
                 self._flush()
 
     def _flush(self) -> None:
@@ -191,29 +193,6 @@ class TraceWriter:
         self._file.write((b",\n" if self._begun else b"") + b",\n".join(self._held))
         self._begun = True
         self._held = []
-
-
-class _Guard:
-    """Turns a failure of the disk into one of ours, and cleans up."""
-
-    def __init__(self, writer: TraceWriter) -> None:
-        self._writer = writer
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            return
-        writer = self._writer
-        writer.discard()
-        if isinstance(error, OSError):
-            free = format_bytes(shutil.disk_usage(writer._path.parent).free)
-            what = f"{writer._path.name} could not be written after {writer.events:,} events: {error.strerror}."
-            hint = f"{free} are free in {writer._path.parent}; make room, or name a file elsewhere."
-            raise MachineError(what, hint) from None
 
 
 def _open(path: Path, *, compressed: bool) -> IO[bytes] | gzip.GzipFile:

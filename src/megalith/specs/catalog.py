@@ -97,6 +97,20 @@ def _device_index() -> dict[str, str]:
     return index_names(devices())
 
 
+def named(name: str, known: Mapping[str, T], what: str) -> T:
+    """The entry of exactly that name. Raises ConfigError, calling it `what`, with the nearest names."""
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(known)
+    raise ConfigError(f"There is no {what} {name!r} ({len(known)} known).", f"Did you mean {', '.join(near)}?")
+
+
+def entries(folder: str, key: str, kind: type[T]) -> Mapping[str, T]:
+    """The tables under `key` in one folder of the catalogue, each as a `kind`."""
+    found = tables(folder, key)
+    return {name: convert(table, kind, f"catalog/{folder}/{file}, {name}") for name, (file, table) in found.items()}
+
+
 def nearest(name: str, index: Mapping[str, str], count: int = 3) -> list[str]:
     """The catalogue names closest to `name`, best first, without repeats."""
     close = difflib.get_close_matches(canonical(name), index, n=count * 2, cutoff=0.3)

@@ -1,0 +1,38 @@
+"""Files that appear whole or not at all: what becomes of one that cannot be written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megalith.base.errors import MachineError
+from megalith.base.units import format_bytes
+
+
+@contextmanager
+def guarded(
+    path: Path,
+    written: Callable[[], str],
+    discard: Callable[[], object],
+    failures: tuple[type[Exception], ...] = (OSError,),
+) -> Iterator[None]:
+    """Discard the file when the block fails, and turn one of `failures` into a MachineError that says how far it came.
+
+    `written`: such as "12,000 rows".
+    """
+    try:
+        yield
+    except BaseException as error:
+        so_far = written()
+        with suppress(OSError):
+            discard()
+        if not isinstance(error, failures):
+            raise
+        free = format_bytes(shutil.disk_usage(path.parent).free)
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+        raise MachineError(
+            f"{path.name} could not be written after {so_far}: {reason[:300]}.",
+            f"{free} are free in {path.parent}; make room, or name a file elsewhere.",
+        ) from None

@@ -190,6 +190,8 @@ def test_the_service_under_concurrent_requests(tmp_path: Path, tiny: Path, name:
 
     path = tmp_path / name
     use(path, tiny, work)
+    with pytest.raises(ConfigError, match="exists already"):
+        use(path, tiny, work)
     report = replay(path)
     assert report.identical, str(report)
     assert report.complete

@@ -23,7 +23,7 @@ from megalith.engine.api import EngineConfig
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
-from megalith.engine.record import RecordingScheduler
+from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
 from megalith.model.open import OpenModel, open_model
 from megalith.plan import machine
@@ -81,6 +81,8 @@ def build_engine(
     Raises ModelNotFound or ModelFormatError, DoesNotFit when the sizes do not fit the memory, ConfigError for a
     configuration that contradicts itself, MachineError when what was asked for is not on this machine.
     """
+    if config.record is not None:
+        check_new(config.record)
     spans = Spans()
     with spans.of("open the model", progress):
         model = open_model(config.model)

@@ -58,7 +58,7 @@ class DecisionWriter:
             opened = gzip.open(path, "xb", 1) if self.path.suffix == ".gz" else self.path.open("xb")  # noqa: SIM115
             self._file = cast(BinaryIO, opened)
         except FileExistsError:
-            raise ConfigError(f"The decision log {path} exists already.", "Name a new file, or move it away.") from None
+            raise _exists(path) from None
         except OSError as error:
             raise ConfigError(f"The decision log {path} cannot be made: {error.strerror or error}.") from None
         self._write(self._encoder.encode(header) + b"\n")
@@ -168,6 +168,16 @@ class RecordingScheduler(Scheduler):
     def close(self) -> None:
         """Finish the log. Idempotent."""
         self._record.close(self._record_clock.now_ns())
+
+
+def check_new(path: str | Path) -> None:
+    """Raise ConfigError when the log exists: better before a model is loaded than after."""
+    if Path(path).exists():
+        raise _exists(path)
+
+
+def _exists(path: str | Path) -> ConfigError:
+    return ConfigError(f"The decision log {path} exists already.", "Name a new file, or move it away.")
 
 
 def header_of(scheduler: Scheduler, clock: Clock, model: str = "") -> LogHeader:

@@ -66,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             self.executor.add(request_id, prompt, max_new, wanted, priority, at=request_id)
         except QueueFull:
-            assert waits == 12
+            assert waits >= 12  # preempted ones are never refused
             return
         assert waits < 12
         self.added[request_id] = (prompt, wanted)

@@ -154,12 +154,15 @@ class Cohort:
         return None
 
     def further_runs(self, most: int) -> int:
-        """How often the step that was begun may be repeated, at most `most` times, until a member has all its tokens or
-        blocks run out.
-
-        There must be members.
+        """begin(), and how often that step may be repeated, at most `most` times, until a member has all its tokens or
+        blocks run out; -1, with nothing changed, when there are none for the step itself. There must be members.
         """
         ends, clock = self.ends, self.clock
+        if self.grown < clock:
+            needed = self._edges[clock % self._size]
+            if needed and not self._kv.promise(needed):
+                return -1
+            self.grown = clock
         end, _, member = ends[0]
         while member.cohort is not self or member.end - 1 - member.base != end:
             heappop(ends)

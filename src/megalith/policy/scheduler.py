@@ -239,8 +239,10 @@ class Scheduler:
             decodes = len(cohort.members)
             if not decodes:
                 return self._issue(StepPlan(), _NO_ROWS)
-            if (decodes <= shape.token_budget or not shape.mixed) and cohort.begin():
-                return self._decode_plan(cohort.further_runs(most_repeats))
+            if decodes <= shape.token_budget or not shape.mixed:
+                repeats = cohort.further_runs(most_repeats)
+                if repeats >= 0:
+                    return self._decode_plan(repeats)
         make = PromptsFirstDraft if shape.prompts_first else Draft
         draft = make(roster, shape, self.limits.max_sequences, self.limits.preempt)
         if draft.fill():

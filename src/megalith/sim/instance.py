@@ -257,7 +257,8 @@ class Instance:
             self._rest()
             return
         self._version = version = self._version + 1
-        self.kernel.at(-(-self._end_ps // PS_PER_NS), self._end, version, STEP_END + self.id)
+        kernel = self.kernel
+        kernel.push((-(-self._end_ps // PS_PER_NS), STEP_END + self.id, kernel.next_order(), self._end, version))
 
     def _begin_prompts(self, plan: StepPlan) -> None:
         """A step with prompt chunks, or one before which somebody stepped aside."""

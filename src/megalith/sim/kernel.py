@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from heapq import heappop, heappush
-from itertools import repeat
+from itertools import count
 from typing import Any
 
 ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
@@ -29,8 +30,12 @@ class Kernel:
 
     def __init__(self) -> None:
         self.now_ns = 0
+        self.events = 0
+        """Events that were run, as of the last return of run()."""
         self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []
-        self._order = 0
+        self.push = partial(heappush, self._heap)
+        """at() in fewer words, for one event a step: push((time_ns, priority, next_order(), call, argument))."""
+        self.next_order: Callable[[], int] = count().__next__
         self._log: list[int] = []
         self._hash = blake2b(digest_size=16)
 
@@ -38,23 +43,19 @@ class Kernel:
         """Call `call(argument)` at `time_ns`, which must not be in the past."""
         if time_ns < self.now_ns:
             raise ValueError(f"{time_ns} ns is before now, {self.now_ns} ns")
-        self._order = order = self._order + 1
-        heappush(self._heap, (time_ns, priority, order, call, argument))
+        self.push((time_ns, priority, self.next_order(), call, argument))
 
     def run(self, most: int | None = None) -> bool:
         """Run events in order, at most `most` of them; True when some are left."""
-        heap = self._heap
-        for _ in repeat(None) if most is None else repeat(None, most):
-            if not heap:
-                break
-            self.now_ns, _, _, call, argument = heappop(heap)
-            call(argument)
+        heap, ran = self._heap, 0
+        try:
+            while heap and ran != most:
+                self.now_ns, _, _, call, argument = heappop(heap)
+                ran += 1
+                call(argument)
+        finally:
+            self.events += ran
         return bool(heap)
-
-    @property
-    def events(self) -> int:
-        """Events that were run."""
-        return self._order - len(self._heap)
 
     def log(self, kind: int, subject: int, value: int) -> None:
         """Add a decision to the hash. Only what leaping and stepping have in common may be logged."""

@@ -261,6 +261,9 @@ def be_in_two_places(kv: KvAccount) -> None:
 def test_integrity_check_finds_damage(damage) -> None:  # type: ignore[no-untyped-def]
     kv = KvAccount(8, 4, num_host_blocks=2)
     sealed(kv, 1, 9, (11, 12))
+    kv.open(2, 9, ())
+    kv.materialise(kv.table(2))
+    kv.release(2)  # three blocks that were used are free now
     kv.check_integrity()
     damage(kv)
     with pytest.raises(IntegrityError):

@@ -120,8 +120,12 @@ class KvAccount:
 
         There are never more idle ones than this, so there is always a free one for a promised one.
         """
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._references = [0] * num_blocks
+        self._free: list[BlockId] = []
+        """Free blocks that were used before; the last one goes first. Those from `_fresh` on, which come after them,
+        never were: ten thousand simulated caches take memory for what is used of them."""
+        self._fresh = 0
+        self._references: list[int] = []
+        """Of the blocks below `_fresh`."""
         self._tables: dict[RequestId, BlockTable] = {}
         self._hash_of: dict[BlockId, int] = {}
         self._block_of: dict[int, BlockId] = {}
@@ -219,9 +223,13 @@ class KvAccount:
         """The blocks of a table, all with ids. A live view: do not change it."""
         lacking = table.held - len(table.blocks)
         if lacking:
-            blocks = _pop_many(self._free, lacking)
+            blocks = _pop_many(self._free, min(lacking, len(self._free)))
             for block in blocks:
                 self._references[block] = 1
+            fresh = lacking - len(blocks)
+            blocks += range(self._fresh, self._fresh + fresh)
+            self._references += [1] * fresh
+            self._fresh += fresh
             table.blocks += blocks
         return table.blocks
 
@@ -287,20 +295,21 @@ class KvAccount:
     def check_integrity(self) -> None:
         """Count everything afresh and compare. O(all blocks). Raises IntegrityError with both sides."""
         promised = sum([table.held - len(table.blocks) for table in self._tables.values()])
-        without_id = len(self._free) + len(self._idle) - self.free_blocks
-        if promised != without_id or promised > len(self._free):
-            raise IntegrityError(f"{promised} blocks lack an id, {without_id} counted; {len(self._free)} free")
+        free = len(self._free) + self.num_blocks - self._fresh
+        without_id = free + len(self._idle) - self.free_blocks
+        if promised != without_id or promised > free:
+            raise IntegrityError(f"{promised} blocks lack an id, {without_id} counted; {free} free")
         held = Counter(block for table in self._tables.values() for block in table.blocks)
         counted = {block: count for block, count in enumerate(self._references) if count}
         if held != counted:
             wrong = {b: (held[b], counted.get(b, 0)) for b in held.keys() | counted.keys() if held[b] != counted.get(b)}
             raise IntegrityError(f"references differ, block: (in tables, counted): {wrong}")
-        places = len(self._free) + len(self._idle) + len(held)
-        distinct = len(set(self._free) | self._idle.keys() | held.keys())
-        if places != self.num_blocks or distinct != self.num_blocks:
+        places = free + len(self._idle) + len(held)
+        distinct = set(self._free) | self._idle.keys() | held.keys()
+        if places != self.num_blocks or distinct != set(range(self._fresh)) or self._fresh > self.num_blocks:
             raise IntegrityError(
-                f"{len(self._free)} free + {len(self._idle)} idle + {len(held)} held = {places} blocks, "
-                f"{distinct} distinct, of {self.num_blocks}"
+                f"{free} free + {len(self._idle)} idle + {len(held)} held = {places} blocks, "
+                f"{len(distinct)} distinct of {self._fresh} that were ever used, of {self.num_blocks}"
             )
         if {h: b for b, h in self._hash_of.items()} != self._block_of or not self._idle.keys() <= self._hash_of.keys():
             raise IntegrityError(f"{len(self._hash_of)} hashed blocks, {len(self._block_of)} hashes, idle without hash")

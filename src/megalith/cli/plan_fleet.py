@@ -183,6 +183,7 @@ def _draw(path: Path, plan: FleetPlan, question: FleetQuestion, workers: int | N
     from megalith.sim.sweep_rows import curves
 
     results = list(run_points(fleet_points(plan, question), workers=workers))
-    settings = {"model": plan.model, "load": plan.load, "service level": plan.slo}
+    requests = f"the first {max(one.requests for one in results):,} requests"
+    settings = {"model": plan.model, "load": f"{plan.load}, {requests}", "service level": plan.slo}
     panels, limits = curves(results, question.slo)
     plot_curves(path, Caption("Winner and runner-up", settings), panels, limits)

@@ -68,7 +68,7 @@ class Search:
             try:
                 ability = Ability(self.question, shape)
             except MegalithError as error:
-                self._pass(shape, "arithmetic", str(error))
+                self._pass(shape, "arithmetic", error.what)
                 continue
             no = discard(ability, self.load, self.question.slo)
             if no is not None:
@@ -298,7 +298,7 @@ class Search:
         if below is None:
             self._pass(kind.shape, stage, "has no size that may be tried")
             return
-        at = f"{_instances(below.size)} break {below.breaks} ({below.attained:.0%} of the requests are good)"
+        at = f"with {_instances(below.size)} {below.breaks} breaks ({below.attained:.0%} of the requests are good)"
         more = "more come after the runner-up" if limit < inf else "more is above --max-devices"
         self._pass(kind.shape, stage, f"{at}; {more}", below.instances + 1, None)
 

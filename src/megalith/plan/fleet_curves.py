@@ -12,13 +12,15 @@ from megalith.plan.fleet_question import FleetQuestion
 from megalith.sim.sweep import Point
 from megalith.specs.workload_rate import at_rate
 
-SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Of the planned rate."""
+MOST_REQUESTS = 5_000
+"""Of each point: a picture need not be as exact as the plan."""
 
 
 def fleet_points(plan: FleetPlan, question: FleetQuestion) -> list[Point]:
     """One point a fleet and rate, labelled as sim.sweep_rows reads them."""
-    workload = msgspec.structs.replace(question.workload, requests=plan.requests)
+    workload = msgspec.structs.replace(question.workload, requests=min(plan.requests, MOST_REQUESTS))
     points = []
     for choice in filter(None, (plan.winner, plan.runner_up)):
         for share in SHARES:

@@ -252,10 +252,10 @@ class Run:
             hashes: tuple[int, ...] = ()
             if block_tokens and shape.prefix_ids:
                 hashes = prefix_hashes(shape, block_tokens, workload.prefix_block_tokens)
-            told = told_max_new_tokens(workload, shape, most)
-            at_ns = 0 if closed or shape.at_ns is None else shape.at_ns
+            told, output = told_max_new_tokens(workload, shape, most), shape.output_tokens
+            at_ns = 0 if closed else shape.at_ns or 0
             request = Request(shape.index, at_ns, shape.input_tokens, told, shape.priority, hashes)
-            yield Live(request, min(shape.output_tokens, told))
+            yield Live(request, output if output < told else told)
 
     # Clocks
 

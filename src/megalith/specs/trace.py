@@ -13,6 +13,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -68,6 +69,10 @@ class TraceRow(NamedTuple):
     output_tokens: int
     prefix_ids: tuple[int, ...]
     priority: int
+
+
+_quick_row: Callable[[tuple[int, int, int, int, tuple[int, ...], int]], TraceRow] = partial(tuple.__new__, TraceRow)
+"""`TraceRow(*fields)` without the Python call that a NamedTuple's constructor is."""
 
 
 def read_rows(path: Path, columns: TraceColumns | None = None, form: TraceFormat | None = None) -> Iterator[TraceRow]:
@@ -140,13 +145,13 @@ def _csv_rows(stream: BinaryIO, path: Path, columns: TraceColumns | None) -> Ite
 
 def _row(path: Path, line: int, at_ns: int, counts: tuple[int, int], ids: tuple[int, ...], priority: int) -> TraceRow:
     prompt, answer = counts
-    if prompt < 1 or answer < 1 or prompt > _MAX_TOKENS or answer > _MAX_TOKENS or at_ns < 0:
+    if not 1 <= prompt <= _MAX_TOKENS or not 1 <= answer <= _MAX_TOKENS or at_ns < 0:
         if at_ns < 0:
             _refuse(path, line, f"it arrives at {at_ns / 1e9:g} s, before zero")
         if not (0 <= prompt <= _MAX_TOKENS and 0 <= answer <= _MAX_TOKENS):
             _refuse(path, line, f"it has {prompt} prompt tokens and {answer} output tokens")
         return TraceRow(line, at_ns, max(1, prompt), max(1, answer), ids, priority)
-    return TraceRow(line, at_ns, prompt, answer, ids, priority)
+    return _quick_row((line, at_ns, prompt, answer, ids, priority))
 
 
 def _json_rows(stream: BinaryIO, path: Path, columns: TraceColumns | None) -> Iterator[TraceRow]:

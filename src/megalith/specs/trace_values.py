@@ -75,8 +75,8 @@ def _iso_clock() -> Callable[[str], int]:
                 raise ValueError(f"the arrival {text!r} is not a timestamp such as 2023-11-16 18:15:46.68") from None
             seen, seen_ns = text[:19], (elapsed.days * 86_400 + elapsed.seconds) * NS_PER_S
         fraction = text[20:]
-        if text[19:20] == "." and fraction.isdecimal():
-            return seen_ns + int(fraction[:9].ljust(9, "0"))
+        if fraction.isdecimal() and text[19] == ".":
+            return seen_ns + int(fraction) * 100 if len(fraction) == 7 else seen_ns + int(fraction[:9].ljust(9, "0"))
         return seen_ns + _rest_ns(text)
 
     return to_ns
@@ -96,7 +96,7 @@ def _rest_ns(text: str) -> int:
 def parse_count(value: str | int | float) -> int:
     """A token count; `374.0` is one too."""
     try:
-        return int(value) if not isinstance(value, float) else _whole(value)
+        return _whole(value) if isinstance(value, float) else int(value)
     except ValueError:
         try:
             return _whole(float(value))

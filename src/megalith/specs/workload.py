@@ -201,12 +201,17 @@ def _replayed(spec: WorkloadSpec, source: TraceSource, seed: int) -> Iterator[Re
             continue
         at_ns = recorded_ns if times is None else next(times)
         if at_ns is not None:
-            at_ns = at_ns if speedup == 1 else round(at_ns / speedup)
+            if speedup != 1:
+                at_ns = round(at_ns / speedup)
             if end_ns is not None and at_ns >= end_ns:
                 break
         if share and uniform(priority_seed, index) < share:
             priority = 1
-        yield RequestShape(index, at_ns, min(prompt, most_input), min(answer, most_output), ids, priority)
+        if prompt > most_input:
+            prompt = most_input
+        if answer > most_output:
+            answer = most_output
+        yield RequestShape(index, at_ns, prompt, answer, ids, priority)
         index += 1
         if index == spec.requests:
             break

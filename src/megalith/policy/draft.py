@@ -9,7 +9,9 @@ from megalith.policy.batching import Admission, StepShape
 from megalith.policy.facts import Chunk, Preempt, PreemptMode, Resume, quick_chunk
 from megalith.policy.kv import Short
 from megalith.policy.roster import Roster
-from megalith.policy.sequence import Phase, Rank, Sequence
+from megalith.policy.sequence import RUNNING, WAITING, Rank, Sequence
+
+_NONE = Admission.NONE
 
 
 class Draft:
@@ -54,7 +56,7 @@ class Draft:
         """
         shape, roster = self._shape, self._roster
         items, prompts = roster.queue.items, roster.prompts
-        if items and shape.admission is not Admission.NONE:
+        if items and shape.admission is not _NONE:
             self._make_room()
         if shape.mixed:
             self._add_decodes()
@@ -130,7 +132,7 @@ class Draft:
         roster, kv = self._roster, self._roster.kv
         while sequence.known_ > sequence.table.held * kv.block_tokens and not kv.grow(sequence.table):
             self._preempt(roster.last())
-            if sequence.phase is not Phase.RUNNING:
+            if sequence.phase is not RUNNING:
                 return False
         return True
 
@@ -141,7 +143,7 @@ class Draft:
         seats = self._max_sequences - self.decodes
         while left > 0 and items and len(prompts) < seats:
             head = items[0]
-            if head.hashes or head.phase is not Phase.WAITING:
+            if head.hashes or head.phase is not WAITING:
                 break
             known = head.known_
             # The watermark protects those who run; alone, a request may use everything.
@@ -184,7 +186,7 @@ class Draft:
                 index += 1
             else:
                 return
-            if sequence.phase is not Phase.RUNNING:
+            if sequence.phase is not RUNNING:
                 continue  # it stepped aside for one before it
             remaining = sequence.known_ - sequence.base
             if not split and self.rows and self._exceeds(remaining):
@@ -228,7 +230,7 @@ class Draft:
         Then it waits: many requests with one long new prefix (n answers to one prompt) compute it once. It loses
         nothing, for that one gets its tokens first anyway. A static batch does not wait: it would start without them.
         """
-        if not self._expected or head.phase is not Phase.WAITING or self._shape.admission is not Admission.BUDGET:
+        if not self._expected or head.phase is not WAITING or self._shape.admission is not Admission.BUDGET:
             return False
         kv = self._roster.kv
         hits = kv.match_blocks(head.known_, head.hashes)

@@ -12,7 +12,7 @@ from operator import attrgetter
 from megalith.policy.cohort import Cohort
 from megalith.policy.facts import Preempt, PreemptMode, RequestId, Resume
 from megalith.policy.kv import BlockTable, IntegrityError, KvAccount, Short, SwappedIn, SwappedOut
-from megalith.policy.sequence import NO_BLOCKS, Phase, RankQueue, Sequence
+from megalith.policy.sequence import GONE, INCOMING, NO_BLOCKS, RUNNING, SWAPPED, WAITING, Phase, RankQueue, Sequence
 
 _rank = attrgetter("rank")
 
@@ -101,22 +101,22 @@ class Roster:
         request_id = sequence.request.id
         del self.sequences[request_id]
         phase = sequence.phase
-        if phase is Phase.RUNNING:
+        if phase is RUNNING:
             cohort = sequence.cohort
             if cohort is not None:
                 cohort.leave(sequence)
             else:
                 self._step_aside(sequence)
             self.kv.release(request_id)
-        elif phase is Phase.INCOMING:
+        elif phase is INCOMING:
             self.num_incoming -= 1
             self.kv.release(request_id)
         else:
             self.queue.discard(sequence)
-            if phase is Phase.SWAPPED:
+            if phase is SWAPPED:
                 self.num_swapped -= 1
                 self.kv.release(request_id)
-        sequence.phase = Phase.GONE
+        sequence.phase = GONE
 
     def sampled(self, prompt: Sequence) -> None:
         """A prompt has all its known tokens but the newest computed: it decodes from now on."""
@@ -135,7 +135,7 @@ class Roster:
     def hold(self, sequence: Sequence) -> None:
         """A running request leaves the batch and keeps its blocks, as one whose KV is on its way does."""
         self._step_aside(sequence)
-        sequence.phase = Phase.INCOMING
+        sequence.phase = INCOMING
         self.num_incoming += 1
 
     def admit(self, head: Sequence) -> Admitted | Short:
@@ -143,7 +143,7 @@ class Roster:
         request_id = head.request.id
         # The watermark protects those who run; alone, a request may use everything.
         reserve = self.kv.watermark_blocks if self.cohort.members or self.prompts else 0
-        bring = self.kv.swap_in if head.phase is Phase.SWAPPED else self.kv.open
+        bring = self.kv.swap_in if head.phase is SWAPPED else self.kv.open
         result = bring(request_id, head.known_, head.hashes, reserve)
         if isinstance(result, Short):
             return result
@@ -163,7 +163,7 @@ class Roster:
 
     def admitted(self, head: Sequence, table: BlockTable) -> None:
         """The head runs, with this table; `base` is what it need not compute."""
-        head.phase = Phase.RUNNING
+        head.phase = RUNNING
         head.table = table
         if head.cached is None:
             head.cached = head.base
@@ -187,13 +187,13 @@ class Roster:
         self._step_aside(sequence)
         swapped = self.kv.swap_out(request_id, sequence.base) if mode == "swap" and sequence.base else None
         if isinstance(swapped, SwappedOut):
-            sequence.phase = Phase.SWAPPED
+            sequence.phase = SWAPPED
             self.num_swapped += 1
             self.counters.preempted_swap += 1
             preempt = Preempt(request_id, "swap", swapped.device_blocks, swapped.host_blocks)
         else:
             self.kv.release(request_id)
-            sequence.phase = Phase.WAITING
+            sequence.phase = WAITING
             sequence.base = 0
             self.counters.preempted_recompute += 1
             preempt = Preempt(request_id, "recompute")
@@ -209,19 +209,19 @@ class Roster:
         by_phase: dict[Phase, set[RequestId]] = {phase: set() for phase in Phase}
         for sequence in self.sequences.values():
             by_phase[sequence.phase].add(sequence.request.id)
-        on_device = by_phase[Phase.RUNNING] | by_phase[Phase.INCOMING]
+        on_device = by_phase[RUNNING] | by_phase[INCOMING]
         places = {
-            "running": (by_phase[Phase.RUNNING], {sequence.request.id for sequence in self.running}),
-            "queued": (by_phase[Phase.WAITING] | by_phase[Phase.SWAPPED], {s.request.id for s in self.queue}),
+            "running": (by_phase[RUNNING], {sequence.request.id for sequence in self.running}),
+            "queued": (by_phase[WAITING] | by_phase[SWAPPED], {s.request.id for s in self.queue}),
             "with a device table": (on_device, set(self.kv.requests_on_device)),
-            "with host blocks": (by_phase[Phase.SWAPPED], set(self.kv.requests_on_host)),
-            "gone but listed": (set[RequestId](), by_phase[Phase.GONE]),
+            "with host blocks": (by_phase[SWAPPED], set(self.kv.requests_on_host)),
+            "gone but listed": (set[RequestId](), by_phase[GONE]),
         }
         for name, (expected, found) in places.items():
             if expected != found:
                 raise IntegrityError(f"requests {name}: {sorted(found)}, but the phases say {sorted(expected)}")
         counted = (self.num_swapped, self.num_incoming)
-        if (len(by_phase[Phase.SWAPPED]), len(by_phase[Phase.INCOMING])) != counted:
+        if (len(by_phase[SWAPPED]), len(by_phase[INCOMING])) != counted:
             raise IntegrityError(f"swapped and incoming: {counted} counted, the phases say {by_phase}")
         for sequence in self.running:
             room = sequence.table.held * self.kv.block_tokens

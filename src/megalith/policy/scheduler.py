@@ -29,7 +29,7 @@ from megalith.policy.draft_prompts import PromptsFirstDraft
 from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
 from megalith.policy.kv import IntegrityError, KvAccount, Short
 from megalith.policy.roster import Counters, Roster
-from megalith.policy.sequence import Phase, Sequence, sequence_of
+from megalith.policy.sequence import INCOMING, RUNNING, Sequence, sequence_of
 
 _rank = attrgetter("rank")
 _NO_ROWS: list[Sequence] = []
@@ -159,7 +159,7 @@ class Scheduler:
         if isinstance(opened, Short):
             return False
         sequence = sequence_of(request)
-        sequence.known_, sequence.table, sequence.phase = known_tokens, opened.table, Phase.INCOMING
+        sequence.known_, sequence.table, sequence.phase = known_tokens, opened.table, INCOMING
         sequence.cached, sequence.hashes = 0, ()
         roster.sequences[request.id] = sequence
         roster.num_incoming += 1
@@ -182,7 +182,7 @@ class Scheduler:
         """The KV of a reserved (or held) request is here: it decodes from the next step on."""
         sequence = self._incoming(request_id)
         self._roster.num_incoming -= 1
-        sequence.phase = Phase.RUNNING
+        sequence.phase = RUNNING
         sequence.base = sequence.known_ - 1
         self._roster.counters.arrived += 1
         self._changed = True
@@ -198,7 +198,7 @@ class Scheduler:
         A step under way gives it no token.
         """
         sequence = self._roster.sequences.get(request_id)
-        if sequence is None or sequence.phase is not Phase.RUNNING or sequence.known - sequence.computed != 1:
+        if sequence is None or sequence.phase is not RUNNING or sequence.known - sequence.computed != 1:
             raise ValueError(f"request {request_id} does not decode here")
         self._roster.hold(sequence)
         if sequence in self._committed:
@@ -216,7 +216,7 @@ class Scheduler:
 
     def _incoming(self, request_id: RequestId) -> Sequence:
         sequence = self._roster.sequences.get(request_id)
-        if sequence is None or sequence.phase is not Phase.INCOMING:
+        if sequence is None or sequence.phase is not INCOMING:
             raise ValueError(f"no blocks are reserved for request {request_id}")
         return sequence
 
@@ -360,7 +360,7 @@ class Scheduler:
         request does not run, and always without a prefix cache.
         """
         sequence = self._roster.sequences[request_id]
-        if sequence.phase is not Phase.RUNNING or not self.kv.prefix_cache:
+        if sequence.phase is not RUNNING or not self.kv.prefix_cache:
             return range(0)
         return range(len(sequence.hashes), sequence.computed // self.kv.block_tokens)
 
@@ -392,7 +392,7 @@ class Scheduler:
         """Count what the listed rows computed and sampled, and seal the blocks that they completed."""
         roster = self._roster
         for row, chunk in zip(self._rows, plan.listed, strict=True):
-            if row.phase is not Phase.RUNNING:
+            if row.phase is not RUNNING:
                 continue  # aborted while the step ran
             _, new_tokens, _, samples = chunk
             row.base += new_tokens
@@ -414,7 +414,7 @@ class Scheduler:
 
     def _settle_committed(self) -> None:
         for sequence in self._committed:
-            if sequence.phase is Phase.RUNNING:
+            if sequence.phase is RUNNING:
                 self._roster.sampled(sequence)
         self._committed.clear()
 

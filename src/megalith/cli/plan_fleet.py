@@ -19,6 +19,7 @@ app = App(
     name="fleet",
     help="Find the cheapest fleet that keeps a service level under a load.",
     help_format="plaintext",
+    default_parameter=Parameter(negative=()),
 )
 _EXAMPLES = """\
 TRACE is what `megalith simulate` takes. Every device, degree and set-up is

@@ -29,8 +29,7 @@ class What:
     fleet: str = ""
     """Pools such as 4xh100-sxm:tp2, or a TOML file."""
     policy: tuple[str, ...] = ()
-    """A set-up (splitwise, distserve, llumnix), a batch policy of all pools (splitfuse, prefill-first, first-come), a
-    router or a controller; several may be given."""
+    """A set-up such as splitwise, a batch policy of all pools, a router or a controller; give it once for each."""
     router: str | None = None
     """A router with options, such as prefix-aware or rebalance:threshold=10."""
     controller: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ app = App(
     name="simulate",
     help="Run a simulated cluster on a trace, with the scheduler that serves real requests.",
     help_format="plaintext",
+    default_parameter=Parameter(negative=()),
 )
 _INTERRUPTED = 130
 _EXAMPLES = """\

@@ -22,6 +22,7 @@ app = App(
     name="sweep",
     help="Simulate fleets, policies, rates and seeds on all cores, and compare.",
     help_format="plaintext",
+    default_parameter=Parameter(negative=()),
 )
 _INTERRUPTED = 130
 _EXAMPLES = """\

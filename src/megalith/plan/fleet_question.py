@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 from typing import Literal, NamedTuple, TypeAlias
 
+import msgspec
+
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.sim.scenario import Scenario
 from megalith.sim.setups import SETUPS, apply
 from megalith.specs import catalog
-from megalith.specs.fleet import FleetSpec, PoolSpec
+from megalith.specs.fleet import FleetSpec, PolicySpec, PoolSpec
 from megalith.specs.slo import Slo
 from megalith.specs.workload import WorkloadSpec
 
@@ -111,6 +113,8 @@ class Shape(Config, kw_only=True):
     device: str
     tensor_parallel: int
     setup: str
+    lengths: str = "capped"
+    """What `splitwise` reserves for an answer; `predicted` where requests do not say how much they want."""
 
     @property
     def split(self) -> bool:
@@ -144,7 +148,11 @@ class Shape(Config, kw_only=True):
         else:
             pools = (self._pool("mixed", size.instances, "mixed"),)
         fleet = FleetSpec(pools=pools)
-        return fleet if self.setup == "mixed" else apply(self.setup, fleet)
+        fleet = fleet if self.setup == "mixed" else apply(self.setup, fleet)
+        if self.setup == "splitwise":
+            router = PolicySpec(name=fleet.router.name, options={**fleet.router.options, "lengths": self.lengths})
+            fleet = msgspec.structs.replace(fleet, router=router)
+        return fleet
 
     def _pool(self, name: str, count: int, role: Literal["mixed", "prefill", "decode"]) -> PoolSpec:
         return PoolSpec(name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel)
@@ -158,8 +166,9 @@ class Shape(Config, kw_only=True):
 
 def shapes(question: FleetQuestion) -> list[Shape]:
     """All kinds of fleets that the question allows, plain set-ups first."""
+    lengths = "predicted" if question.workload.max_new == "context" else "capped"
     return [
-        Shape(device=device, tensor_parallel=degree, setup=setup)
+        Shape(device=device, tensor_parallel=degree, setup=setup, lengths=lengths)
         for setup in sorted(dict.fromkeys(question.setups), key=SETUP_NAMES.index)
         for device in dict.fromkeys(question.devices)
         for degree in sorted(set(question.tensor_parallel))

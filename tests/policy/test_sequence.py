@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.policy.facts import Request
-from megalith.policy.sequence import RankQueue, Sequence, sequence_of
+from megalith.policy.sequence import RankQueue, sequence_of
 
 
 @given(st.lists(st.tuples(st.integers(-2, 2), st.integers(0, 3), st.sampled_from(["push", "pop", "discard"]))))

@@ -18,7 +18,8 @@ def test_one_pool_with_short_options() -> None:
 
 
 def test_pools_by_role_and_name_with_any_key() -> None:
-    text = "prefill:a=2xh100-sxm:policy=prefill-first, prefill:b=1xa100-80gb:kv_blocks=99:prefix_cache=false,decode=3xh200"
+    first, second = "prefill:a=2xh100-sxm:policy=prefill-first", "prefill:b=1xa100-80gb:kv_blocks=99:prefix_cache=false"
+    text = f"{first}, {second},decode=3xh200"
     pools = parse_fleet(text).pools
     assert [(pool.name, pool.role, pool.count) for pool in pools] == [
         ("a", "prefill", 2), ("b", "prefill", 1), ("decode", "decode", 3),

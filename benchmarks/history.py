@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gates
+import simulator_table
 
 HERE = Path(__file__).resolve().parent
 HISTORY = HERE / "history.jsonl"
@@ -66,7 +67,8 @@ def _machine(name: str, rows: list[Row], every: list[Row]) -> str:
     parts = [f"## {name}\n", gates.table(rows, limit, every)]
     cases = {row["case"]: row.get("about", "") for row in rows if row["kind"] == "case"}
     parts += [_case(case, about, rows) for case, about in cases.items()]
-    parts += [_http(rows), _quality(rows), _single_figures(rows), _splitfuse(rows), _limits(limit), _skipped(rows)]
+    parts += [_http(rows), _quality(rows), _single_figures(rows), _splitfuse(rows)]
+    parts += [simulator_table.section(rows, markdown), _limits(limit), _skipped(rows)]
     return "\n".join(part for part in parts if part)
 
 

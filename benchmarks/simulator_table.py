@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-_ABOUT = """Requests a CPU second (user and system) on one core, one run each, metrics on; in brackets how many times slower
-than Megalith. Every simulator times steps in its own way and makes its own number of steps, so whole tools are
-compared, not equal work: Megalith with operator tables of Llama 3.1 8B on H100, DynoSim with its polynomial,
-Vidur with its linear regression on A100. Vidur cuts requests to 4,096 tokens and has no prefix cache; on 16 and
-64 instances it is given the first 5,000 requests. `others`: what other processes took meanwhile, in cores; CPU
-seconds grow with it, for all alike.
+_ABOUT = """Requests a CPU second (user and system) on one core, one run each, metrics on; in brackets how many times
+slower than Megalith. Every simulator times steps in its own way and makes its own number of steps, so
+whole tools are compared, not equal work: Megalith with operator tables of Llama 3.1 8B on H100, DynoSim
+with its polynomial, Vidur with its linear regression on A100. Vidur cuts requests to 4,096 tokens and has
+no prefix cache; on 16 and 64 instances it is given the first 5,000 requests. `others`: what other
+processes took meanwhile, in cores; CPU seconds grow with it, for all alike.
 """
 ARMS = {"megalith": "Megalith", "dynosim": "DynoSim", "vidur": "Vidur"}
 

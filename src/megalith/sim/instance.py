@@ -264,24 +264,26 @@ class Instance:
         """A step with prompt chunks, or one before which somebody stepped aside."""
         if plan.preempts:
             self._count_preempts(plan)
-        cohort, decodes, listed = self._cohort, plan.decodes, plan.listed
-        prompts = [quick_prompt(chunk[1:]) for chunk in listed]
-        longest = cohort.context_max() if decodes else 0
-        duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
-        self._first_ps, self._slope_ps, self._steps = duration, 0, 1
-        self._end_ps = end_ps = self._begun_ps + duration
-        self.stalled = 0 if decodes else len(cohort.members)
+        cohort, decodes, lives, now_ns = self._cohort, plan.decodes, self.lives, self.kernel.now_ns
+        prompts: list[Prompt] = []
+        parted: list[tuple[Live, int]] = []
         tokens = 0
-        lives, now_ns = self.lives, self.kernel.now_ns
-        for request_id, new, context, _ in listed:
+        for request_id, new, context, samples in plan.listed:
+            prompts.append(quick_prompt((new, context, samples)))
             tokens += new
             live = lives[request_id]
             if live.scheduled_ns < 0:
                 live.scheduled_ns = now_ns
                 live.cached_tokens = context
             if live.decode_instance >= 0:
-                self._out.prompt_begins(self, live, new, -(-end_ps // PS_PER_NS))
-        self._prompt_tokens = tokens
+                parted.append((live, new))
+        longest = cohort.context_max() if decodes else 0
+        duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
+        self._first_ps, self._slope_ps, self._steps, self._prompt_tokens = duration, 0, 1, tokens
+        self._end_ps = end_ps = self._begun_ps + duration
+        self.stalled = 0 if decodes else len(cohort.members)
+        for live, new in parted:
+            self._out.prompt_begins(self, live, new, -(-end_ps // PS_PER_NS))
 
     def _rest(self) -> None:
         self._running, self._steps, self._plan = False, 0, None
@@ -302,13 +304,17 @@ class Instance:
         if plan is not None:
             decodes, steps, heap = plan.decodes, self._steps, self._finishes
             finished: list[Live] = []
-            if decodes and heap and heap[0][0] <= (clock := self._cohort.clock + steps):
+            ids: list[RequestId] = []
+            if decodes and heap:
+                clock = self._cohort.clock + steps
                 while heap and heap[0][0] <= clock:
-                    finished.append(heappop(heap)[2])
+                    _, request_id, live = heappop(heap)
+                    finished.append(live)
+                    ids.append(request_id)
             if plan.listed or plan.preempts:
-                self._end_prompts(plan, finished)
+                self._end_prompts(plan, finished, ids)
             else:
-                self.scheduler.complete(plan, [live.request.id for live in finished] if finished else (), steps)
+                self.scheduler.complete(plan, ids, steps)
                 self._count_leap(decodes, steps, self._end_ps - self._begun_ps)
                 self._begun_ps = self._end_ps
                 self._steps, self._plan = 0, None
@@ -321,8 +327,8 @@ class Instance:
         if not self.down:
             self._begin()
 
-    def _end_prompts(self, plan: StepPlan, finished: list[Live]) -> None:
-        """A step with prompt chunks is over; adds those to `finished` that have all their tokens."""
+    def _end_prompts(self, plan: StepPlan, finished: list[Live], ids: list[RequestId]) -> None:
+        """A step with prompt chunks is over; adds those to `finished` and their `ids` that have all their tokens."""
         lives, sampled = self.lives, []
         for request_id, new, context, samples in plan.listed:
             if samples and (live := lives.get(request_id)) is not None:
@@ -331,8 +337,9 @@ class Instance:
                 live.generated = generated = context + new + 1 - live.request.prompt_tokens
                 if generated == live.output_tokens:
                     finished.append(live)
+                    ids.append(request_id)
                 sampled.append(live)
-        self.scheduler.complete(plan, [live.request.id for live in finished] if finished else ())
+        self.scheduler.complete(plan, ids)
         duration, tokens, decodes = self._first_ps, self._prompt_tokens, plan.decodes
         self.steps += 1
         self.busy_prompt_ps += duration

@@ -163,12 +163,12 @@ class Cohort:
             if needed and not self._kv.promise(needed):
                 return -1
             self.grown = clock
-        end, _, member = ends[0]
-        while member.cohort is not self or member.end - 1 - member.base != end:
-            heappop(ends)
-            end, _, member = ends[0]
-        runs = end - clock - 1
-        if runs > most:
+        runs = ends[0][0] - clock - 1
+        if runs < most:  # else it does not matter whether the first entry is one of those that left
+            while not self._is_live(ends[0]):
+                heappop(ends)
+            runs = min(ends[0][0] - clock - 1, most)
+        else:
             runs = most
         # In any `size` runs every member takes one block.
         size, free, members = self._size, self._kv.free_blocks, len(self.members)

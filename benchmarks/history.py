@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gates
+import simulator_speed_table
 import simulator_table
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +69,8 @@ def _machine(name: str, rows: list[Row], every: list[Row]) -> str:
     cases = {row["case"]: row.get("about", "") for row in rows if row["kind"] == "case"}
     parts += [_case(case, about, rows) for case, about in cases.items()]
     parts += [_http(rows), _quality(rows), _single_figures(rows), _splitfuse(rows)]
-    parts += [simulator_table.section(rows, markdown), _limits(limit), _skipped(rows)]
+    parts += [simulator_table.section(rows, markdown), simulator_speed_table.section(rows, markdown)]
+    parts += [_limits(limit), _skipped(rows)]
     return "\n".join(part for part in parts if part)
 
 

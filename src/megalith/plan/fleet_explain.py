@@ -22,18 +22,21 @@ def describe_binding(winner: Choice, below: Trial | None, fallback: str) -> tupl
     """(what holds the winner back and what one instance less would do, the resource that is short)."""
     trial = winner.trial
     assert trial is not None
-    left = "" if trial.margin is None else f" with {trial.margin:.0%} of its limit left"
-    first = f"{trial.binding} has the least room{left}"
+    tightest = trial.tightest
+    used = trial.used.get(tightest)
+    first = f"{tightest} has the least room" + ("" if used is None else f", {1 - used:.0%} of its limit is left")
+    if tightest != trial.binding and trial.margin is not None:
+        first += f" ({trial.margin:.0%} of all bounds at once)"
     if below is None:
         fewer = "there is no smaller fleet of this kind"
         if winner.size.instances > winner.shape.smallest:
             fewer = f"fewer instances cannot do the work ({fallback})"
-        return f"{first}; {fewer}", scarce(trial, fallback)
-    bound, number = below.breaks, f"{below.size} instance{'s' if below.instances > 1 else ''}"
-    share = f"{below.shares.get(bound, below.attained):.0%} of the requests were within it"
-    when = f" when {below.requests:,} had ended" if below.stopped_early else ""
+        return f"{first}; {fewer}", scarce(trial, tightest, fallback)
+    number = f"{below.size} instance{'s' if below.instances > 1 else ''}"
     breaks = "break" if below.instances > 1 else "breaks"
-    return f"{first}; {number} {breaks} {bound}: {share}{when}", scarce(below, fallback)
+    share = f"{below.shares.get(below.breaks, below.attained):.0%} of the requests were within it"
+    when = f" when {below.requests:,} had ended" if below.stopped_early else ""
+    return f"{first}; {number} {breaks} {below.breaks}: {share}{when}", scarce(below, tightest, fallback)
 
 
 def describe_mechanisms(choices: Sequence[Choice], passed: Sequence[Passed], minimise: Objective) -> list[str]:

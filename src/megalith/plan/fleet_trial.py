@@ -41,6 +41,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """By bound on requests: the figure at the share that must keep it, over the requests that finished."""
     ratios: dict[str, float | None]
     """By promise: the figure at the share that must keep it, as a multiple of its limit."""
+    used: dict[str, float | None]
+    """The same by bound, each by itself; None where too few finished for a figure."""
     output_tokens_per_s: float
     busy_share: float | None
     kv_peak_share: float
@@ -51,6 +53,12 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     def size(self) -> Size:
         """Its size."""
         return Size(self.instances, self.prefill)
+
+    @property
+    def tightest(self) -> str:
+        """The bound with the least room."""
+        rooms = {bound: float("inf") if used is None else used for bound, used in self.used.items()}
+        return max(rooms, key=lambda bound: rooms[bound]) if rooms else str(self.binding)
 
     @property
     def breaks(self) -> str:
@@ -112,12 +120,19 @@ def _trial(task: Probe, result: SimResult) -> Trial:
     assert slo is not None
     times = result.series.cluster()["time_ns"]
     power_w = result.series.energy_j * NS_PER_S / float(times[-1]) if len(times) else float("nan")
+    ratios = {verdict.bound: verdict.observed for verdict in slo.verdicts}
     found: dict[str, int | None] = {}
+    used: dict[str, float | None] = {}
     for bound in task.question.slo.bounds:
         samples = result.samples.get(f"{bound.metric}_ns")
+        figure = None
         if samples is not None:
             at = percent_of(bound, task.question.slo)
-            found[str(bound)] = samples.percentile(at) if samples.count else None
+            figure = found[str(bound)] = samples.percentile(at) if samples.count else None
+        if figure is not None and bound.limit_ns is not None:
+            used[str(bound)] = figure / bound.limit_ns
+        elif bound.percent is not None:
+            used[str(bound)] = ratios.get(str(bound))
     return Trial(
         instances=task.size.instances,
         prefill=task.size.prefill,
@@ -130,7 +145,8 @@ def _trial(task: Probe, result: SimResult) -> Trial:
         attained=slo.attainment,
         shares=slo.shares,
         figures_ns=found,
-        ratios={verdict.bound: verdict.observed for verdict in slo.verdicts},
+        ratios=ratios,
+        used=used,
         output_tokens_per_s=figures.steady.output_tokens_per_s,
         busy_share=result.series.mean("busy_share"),
         kv_peak_share=result.series.peak_used_share,
@@ -208,11 +224,11 @@ def perform(task: Probe | Settle) -> Trial | Settled:
     return probe(task) if isinstance(task, Probe) else settle(task)
 
 
-def scarce(trial: Trial, fallback: str) -> str:
-    """The resource that a fleet is short of, from what the run showed."""
+def scarce(trial: Trial, bound: str, fallback: str) -> str:
+    """The resource that a fleet is short of when a bound is about to break, from what a run showed."""
     if trial.preemptions or trial.kv_peak_share >= _FULL_SHARE:
         return f"KV memory (full to {trial.kv_peak_share:.0%}, {trial.preemptions:,} preemptions)"
-    metric = trial.breaks.partition("=")[0]
+    metric = bound.partition("=")[0]
     if metric in ("tpot", "itl"):
         return "decode speed: too many requests and prompt chunks share a step"
     if metric == "ttft" and trial.busy_share is not None:

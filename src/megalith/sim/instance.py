@@ -241,7 +241,7 @@ class Instance:
         most = heap[0][0] - cohort.clock if heap else 1
         self._plan = plan = self.scheduler.plan(most - 1)
         decodes = plan.decodes
-        if plan.listed or plan.preempts:
+        if plan.listed or (decodes and plan.preempts):
             self._begin_prompts(plan)
         elif decodes:
             first, slope, steps = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
@@ -254,6 +254,8 @@ class Instance:
             self._first_ps, self._slope_ps, self._steps = first, slope, steps
             self._end_ps = self._begun_ps + steps * first + slope * (steps * (steps - 1) // 2)
         else:
+            # Preempts alone: KV on its way here holds the blocks that the last one running needs; its coming wakes us.
+            self._count_preempts(plan)
             self._rest()
             return
         self._version = version = self._version + 1

@@ -21,7 +21,8 @@ def section(rows: list[dict[str, Any]], markdown: Any) -> str:
             row["case"], f"{row['requests']:,}", f"{row['wanted']:,.0f}", f"{row['requests_cpu_s']:,.0f}",
             "[{:,.0f}, {:,.0f}]".format(*row["requests_cpu_s_spread"]), str(row["runs"]), f"{row['cpu_s']:.2f}",
             f"{row['cpu_s'] / row['requests'] * 1e9 / row['calibration_ns']:,.0f}", f"{row['calibration_ns']:.0f}",
-            f"{row['other_cores']:.2f}", f"{row['most_live']:,}", str(row["rss_mib"]), row["date"][:16].replace("T", " "),
+            f"{row['other_cores']:.2f}", f"{row['most_live']:,}", str(row["rss_mib"]),
+            row["date"][:16].replace("T", " "),
         ]
         for row in mine
     ]  # fmt: skip

@@ -241,6 +241,22 @@ class KvAccount:
             self._hash_of[block] = block_hash
         table.sealed += 1
 
+    def seal_all(self, table: BlockTable, hashes: Sequence[int], complete: int) -> None:
+        """seal() for the blocks up to number `complete`, as far as there are hashes."""
+        first, last = table.sealed, min(len(hashes), complete)
+        if first >= last:
+            return
+        if self.prefix_cache:
+            block_of, hash_of = self._block_of, self._hash_of
+            blocks = self.materialise(table)
+            for index in range(first, last):
+                block_hash = hashes[index]
+                if block_hash not in block_of:
+                    block = blocks[index]
+                    block_of[block_hash] = block
+                    hash_of[block] = block_hash
+        table.sealed = last
+
     def release(self, request_id: RequestId) -> None:
         """Drop the request's hold on its blocks, device and host. Sealed blocks stay cached until they are evicted."""
         table = self._tables.pop(request_id, None)
@@ -359,9 +375,10 @@ class KvAccount:
 
     def _evict(self, count: int) -> None:
         """Make `count` idle blocks free, least recently used first; the caller knows that they are there."""
+        idle, block_of, hash_of = self._idle, self._block_of, self._hash_of
         for _ in range(count):
-            block, _none = self._idle.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+            block, _none = idle.popitem(False)
+            del block_of[hash_of.pop(block)]
             self._free.append(block)
         self.evictions += count
 

@@ -174,9 +174,7 @@ class Roster:
 
     def seal_known(self, sequence: Sequence) -> None:
         """Seal the computed blocks of a running request whose hashes are known and that are not sealed yet."""
-        table, hashes = sequence.table, sequence.hashes
-        for index in range(table.sealed, min(len(hashes), sequence.computed // self.kv.block_tokens)):
-            self.kv.seal(table, hashes[index])
+        self.kv.seal_all(sequence.table, sequence.hashes, sequence.computed // self.kv.block_tokens)
 
     def preempt(self, sequence: Sequence, mode: PreemptMode) -> Preempt:
         """Take a running request off the device; it keeps its known tokens and its place in the order.

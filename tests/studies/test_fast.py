@@ -25,3 +25,24 @@ def test_fastgen() -> None:
     words = {finding.claim.key: finding.word for finding in report.judgement.findings if finding.counts}
     assert words == {"p95": "reproduced", "effective": "partly", "rate": "not reproduced"}
     assert report.verdict == "partly"
+
+
+def test_llumnix() -> None:
+    report = report_of("llumnix")
+    assert_passed(report)
+    # The control is the same dispatch: with nobody short of room there is nothing to gain.
+    by_key = {finding.claim.key: finding for finding in report.judgement.findings}
+    assert by_key["p99"].word in {"reproduced", "exceeded"}
+    assert by_key["downtime"].word == "reproduced"
+    assert by_key["preemptions"].ours is not None
+    assert by_key["preemptions"].ours < -0.5
+
+
+def test_splitwise() -> None:
+    report = report_of("splitwise")
+    assert_passed(report)
+    assert report.verdict == "reproduced"
+    cells = report.judgement.tables["cells"]
+    broken = {row[1] for row in cells.rows if not row[3]}
+    assert "Base-A100" in broken
+    assert {"HA", "HHcap"}.isdisjoint(broken)

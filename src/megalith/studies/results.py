@@ -61,10 +61,18 @@ class Results:
         """`over` divided by `under`, seed by seed, where both have the figure and the lower one is above zero."""
         found: dict[float, list[float]] = {}
         for case in self._cases(experiment, over):
-            pair = self.get(experiment, case), self.get(experiment, case._replace(arm=under))
-            values = [None if result is None else read(result, figure) for result in pair]
-            if values[0] is not None and values[1]:
-                found.setdefault(case.at, []).append(values[0] / values[1])
+            value = self._ratio(experiment, case, under, figure)
+            if value is not None:
+                found.setdefault(case.at, []).append(value)
+        return found
+
+    def by_seed(self, experiment: str, over: str, under: str, figure: Figure) -> dict[int, dict[float, float]]:
+        """The same ratios by seed and then by place: one curve for each sequence of requests."""
+        found: dict[int, dict[float, float]] = {}
+        for case in self._cases(experiment, over):
+            value = self._ratio(experiment, case, under, figure)
+            if value is not None:
+                found.setdefault(case.seed, {})[case.at] = value
         return found
 
     def middle(self, experiment: str, arm: str, figure: Figure, at: float) -> float | None:
@@ -76,6 +84,11 @@ class Results:
         """The median over the seeds of the ratio at one place; None without a figure."""
         values = self.ratio(experiment, over, under, figure).get(at)
         return median(values) if values else None
+
+    def _ratio(self, experiment: str, case: Case, under: str, figure: Figure) -> float | None:
+        pair = self.get(experiment, case), self.get(experiment, case._replace(arm=under))
+        over, below = (None if result is None else read(result, figure) for result in pair)
+        return over / below if over is not None and below else None
 
     def _cases(self, experiment: str, arm: str) -> list[Case]:
         if experiment not in self.cases:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from megalith.base.errors import CapacityError, ConfigError
+from megalith.cli.scenario_flags import How, What, make_scenario
 from megalith.plan.fleet import Search, plan_fleet
 from megalith.plan.fleet_bounds import Ability, discard, least_instances
 from megalith.plan.fleet_load import Load, cut
@@ -83,6 +84,18 @@ def test_the_search_finds_what_trying_everything_finds(slo: str, more: dict[str,
         assert plan.runner_up.objective == pytest.approx(min(others))
     else:
         assert not others
+
+
+@pytest.mark.parametrize("setup", SETUP_NAMES)
+def test_the_flags_of_a_choice_are_its_fleet(setup: str) -> None:
+    (shape,) = shapes(question("ttft=1s", setups=(setup,), tensor_parallel=(2,)))
+    size = Size(3, 1 if shape.split else 0)
+    words = shape.flags(size).split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    policies = tuple(text for name, text in given.items() if name == "--policy")
+    what = What(fleet=given["--fleet"], policy=policies, router=given.get("--router"), trace="azure-conv", model="m")
+    made = make_scenario(what, How()).fleet
+    assert made == shape.fleet(size)
 
 
 def test_early_stops_change_no_verdict() -> None:

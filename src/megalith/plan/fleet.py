@@ -320,7 +320,8 @@ class Search:
             return next((figures.get(str(bound)) for bound in slo.bounds if bound.metric == metric), None)
 
         return Choice(
-            shape=kind.shape, size=size, devices=size.instances * kind.shape.tensor_parallel, objective=objective,
+            shape=kind.shape, size=size, flags=kind.shape.flags(size),
+            devices=size.instances * kind.shape.tensor_parallel, objective=objective,
             price_per_hour_usd=price, power_w=None if trial is None else trial.power_w,
             price_per_million_tokens_usd=None if price is None or tokens <= 0 else price / (tokens * 3600) * 1e6,
             trial=trial,

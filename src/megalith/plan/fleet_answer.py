@@ -20,6 +20,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
     shape: Shape
     size: Size
+    flags: str
+    """For `megalith simulate`."""
     devices: int
     objective: float
     """In USD an hour, watts or devices."""

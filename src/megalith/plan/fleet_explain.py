@@ -44,7 +44,6 @@ def describe_mechanisms(choices: Sequence[Choice], passed: Sequence[Passed], min
     best: dict[str, tuple[float, str]] = {}
     for choice in sorted(choices, key=lambda choice: choice.objective):
         best.setdefault(choice.shape.setup, (choice.objective, choice.title))
-    unit = _UNITS[minimise]
     plain = best.get("mixed")
     lines = []
     for setup in dict.fromkeys([*best, *(one.shape.setup for one in passed)]):
@@ -52,32 +51,39 @@ def describe_mechanisms(choices: Sequence[Choice], passed: Sequence[Passed], min
             continue
         if setup not in best:
             lower = [one.objective for one in passed if one.shape.setup == setup and one.objective is not None]
-            least = f": at least {render_number(min(lower), 4)} {unit}" if lower else ""
+            least = f": at least {_amount(min(lower), minimise)}" if lower else ""
             lines.append(f"{setup} does not pay here{least}")
             continue
         objective, title = best[setup]
         if plain is None:
-            lines.append(f"{setup}: {render_number(objective, 4)} {unit} ({title}); no plain fleet comes as far")
+            lines.append(f"{setup}: {_amount(objective, minimise)} ({title}); no plain fleet comes as far")
         else:
             saved = 1 - objective / plain[0] if plain[0] else 0.0
             pays = f"saves {saved:.0%}" if saved > 0.005 else "does not pay here"
-            rest = f"{render_number(objective, 4)} {unit} ({title}) against {render_number(plain[0], 4)} ({plain[1]})"
+            ours, theirs = (_amount(value, minimise) for value in (objective, plain[0]))
+            rest = f"{ours} ({title}) against {theirs} ({plain[1]})"
             lines.append(f"{setup} {pays}: {rest}")
     return lines
 
 
+def _amount(objective: float, minimise: Objective) -> str:
+    text = f"{objective:,.0f}" if minimise == "devices" else render_number(objective, 4)
+    return f"{text} {_UNITS[minimise]}"
+
+
 def headline(plan: FleetPlan) -> list[str]:
     """The answer in a few lines."""
-    winner, unit = plan.winner, _UNITS[plan.minimise]
+    winner = plan.winner
     least = {"cost": "cheapest", "power": "least-power", "devices": "smallest"}[plan.minimise]
     price = "" if winner.price_per_hour_usd is None else f", {render_number(winner.price_per_hour_usd, 4)} $/h"
+    power = "" if winner.power_w is None else f", {render_number(winner.power_w)} W on average"
     lines = [
         f"{plan.nature}: {plan.model} under {plan.load}, {render_number(plan.rate_per_s)} requests/s, {plan.slo}",
-        f"{least}: {winner.title} ({winner.devices} devices{price})",
+        f"{least}: {winner.title} ({winner.devices} devices{price}{power})",
     ]
     if plan.runner_up is not None:
         more = plan.runner_up.objective / winner.objective - 1 if winner.objective else 0.0
-        told = f"{render_number(plan.runner_up.objective, 4)} {unit}, {more:+.0%}"
+        told = f"{_amount(plan.runner_up.objective, plan.minimise)}, {more:+.0%}"
         lines.append(f"runner-up: {plan.runner_up.title} ({told})")
     lines.append(f"binding: {plan.binding}")
     lines.append(f"short of: {plan.resource}")
@@ -87,6 +93,7 @@ def headline(plan: FleetPlan) -> list[str]:
             lines.append(
                 "risk: hardly any headroom; figures of the cost model are not that exact: buy one instance more"
             )
+    lines.append(f"simulate it: {winner.flags}")
     lines += [f"set-up: {line}" for line in plan.mechanisms]
     return lines
 

@@ -157,6 +157,17 @@ class Shape(Config, kw_only=True):
     def _pool(self, name: str, count: int, role: Literal["mixed", "prefill", "decode"]) -> PoolSpec:
         return PoolSpec(name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel)
 
+    def flags(self, size: Size) -> str:
+        """What `megalith simulate` is told to run it."""
+        degree = f":tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        unit = f"x{self.device}{degree}"
+        fleet = (
+            f"prefill={size.prefill}{unit},decode={size.decode}{unit}" if size.prefill else f"{size.instances}{unit}"
+        )
+        policy = "" if self.setup == "mixed" else f" --policy {self.setup}"
+        router = f" --router splitwise:lengths={self.lengths}" if self.setup == "splitwise" else ""
+        return f"--fleet {fleet}{policy}{router}"
+
     def render(self, size: Size | None = None) -> str:
         """In a few words: `4 x h100-sxm tp2, llumnix`."""
         degree = f" tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""

@@ -13,7 +13,16 @@ from typing import Literal, NamedTuple
 
 from megalith.base.config import Config
 from megalith.base.units import NS_PER_S
-from megalith.policy.cluster import Command, Event, Headroom, InstanceFacts, InstanceId, Scale, View
+from megalith.policy.cluster import (
+    SHORTEST_PERIOD_S,
+    Command,
+    Event,
+    Headroom,
+    InstanceFacts,
+    InstanceId,
+    Scale,
+    View,
+)
 from megalith.policy.routing import require
 
 
@@ -34,7 +43,7 @@ class ScalingOptions(Config):
     """Who goes: the one with the fewest outstanding requests, as in the paper, or the highest id (its artifact)."""
 
     def __post_init__(self) -> None:
-        require(self.period_s > 0, "period_s must be above 0")
+        require(self.period_s >= SHORTEST_PERIOD_S, f"period_s must be at least {SHORTEST_PERIOD_S}")
         require(0 <= self.min_count <= self.max_count, "min_count must be at least 0 and at most max_count")
 
 

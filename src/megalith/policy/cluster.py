@@ -18,6 +18,8 @@ from megalith.policy.facts import Request, RequestId
 
 InstanceId: TypeAlias = int
 Role: TypeAlias = Literal["mixed", "prefill", "decode"]
+SHORTEST_PERIOD_S = 0.001
+"""Between two ticks of a controller."""
 ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
 TransferMode: TypeAlias = Literal["push", "pull", "layerwise"]
 """push: sent when the prompt is done. pull: fetched when the decode side has room. layerwise: sent under the prompt."""

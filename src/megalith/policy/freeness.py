@@ -14,12 +14,13 @@ Formulae after the paper's algorithm 1 and the code of the released artifact (re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import inf
+from math import inf, isfinite
 from typing import Literal, NamedTuple
 
 from megalith.base.config import Config
 from megalith.base.units import NS_PER_S
 from megalith.policy.cluster import (
+    SHORTEST_PERIOD_S,
     Command,
     Event,
     InstanceFacts,
@@ -141,7 +142,8 @@ class RebalanceOptions(Config):
     """A migration without an outcome for this long no longer keeps its instances from another one."""
 
     def __post_init__(self) -> None:
-        require(self.period_s > 0 and self.deadline_s > 0, "period_s and deadline_s must be above 0")
+        require(self.period_s >= SHORTEST_PERIOD_S, f"period_s must be at least {SHORTEST_PERIOD_S}")
+        require(self.deadline_s > 0 and isfinite(self.threshold), "deadline_s must be above 0 and threshold a number")
         require(self.max_stages >= 1 and self.last_blocks >= 0, "max_stages must be at least 1, last_blocks at least 0")
 
 

@@ -73,6 +73,8 @@ class Cluster:
         self.trace: RunTrace | None = None
         """Where the run is drawn; see draw()."""
         self.ended = 0
+        self.last_end_ns = 0
+        """When the last request of them ended. The clock may run on: samples, ticks and void events come after it."""
         self.on_end: Callable[[Live], object] | None = None
         """Told of every request that ends, such as a closed loop of clients."""
         self._make = make
@@ -129,6 +131,9 @@ class Cluster:
     def arrive(self, live: Live) -> None:
         """A request comes now."""
         self.live[live.request.id] = live
+        if live.output_tokens < 1:
+            self.end(live, "rejected")  # its prompt leaves no room for a token
+            return
         if "arrival" in self._listeners:
             self.emit(Event("arrival", self.kernel.now_ns, live.request.id))
         self.route(live)
@@ -150,6 +155,7 @@ class Cluster:
         live.outcome = outcome
         del self.live[live.request.id]
         self.ended += 1
+        self.last_end_ns = self.kernel.now_ns
         self.sink.finished(live)
         if self.trace is not None:
             self.trace.finished(live)

@@ -77,6 +77,7 @@ class SimResult:
     """Hash of all decisions, token times included; the same for the same scenario on every machine."""
     events: int
     end_ns: int
+    """When the last request ended, or the run was stopped."""
     requests: int
     stopped_early: bool
     prefix_hit_share: float
@@ -87,6 +88,7 @@ class SimResult:
     """By pool: instances at the end."""
     price_per_hour_usd: float | None
     instance_hours: float
+    """Up to `end_ns`."""
     handoffs: HandoffCounters
     migrations: MigrationCounters
     faults: FaultCounters
@@ -113,10 +115,18 @@ class Run:
         self.kernel = Kernel()
         self._stop = stop
         self._stopped = False
+        self._too_long = self._cut = 0
+        """Prompts that fill the context, and answers that were longer than the scheduler was told they may be."""
         fleet = scenario.fleet
         router = registry.router(fleet.router, scenario.seed)
         controllers = [registry.controller(spec, scenario.seed + 1 + i) for i, spec in enumerate(fleet.controllers)]
         self.cluster = Cluster(self.kernel, router, controllers, self.recorder, self._instance)
+        if fleet.power is None and "telemetry" in self.cluster.control.listeners:
+            raise ConfigError(
+                f"{self.cluster.control.listeners['telemetry'][0].name} waits for power telemetry, and the fleet has "
+                "no power domain.",
+                "Write the fleet as a TOML file with a table [power] and its budget_w.",
+            )
         self._spent: dict[InstanceId, tuple[int, int, int, int]] = {}
         unknown = PhasePower(nan, nan, nan)
         self._powers = {name: kind.power or unknown for name, kind in self.builder.kinds.items()}
@@ -173,6 +183,7 @@ class Run:
         queried = sum([counter.prefix_queried_tokens for counter in counters])
         hit = sum([counter.prefix_hit_tokens for counter in counters])
         pools = list(cluster.pools.values())
+        end_ns = self.kernel.now_ns if self._stopped else cluster.last_end_ns
         prices = [kinds[pool.name].price_per_hour_usd for pool in pools]
         return SimResult(
             scenario=self.scenario,
@@ -181,7 +192,7 @@ class Run:
             samples=self.recorder.samples,
             digest=self.kernel.digest(),
             events=self.kernel.events,
-            end_ns=self.kernel.now_ns,
+            end_ns=end_ns,
             requests=cluster.ended,
             stopped_early=self._stopped,
             prefix_hit_share=hit / queried if queried else float("nan"),
@@ -190,11 +201,22 @@ class Run:
             price_per_hour_usd=sum(price for price in prices if price is not None) if None not in prices else None,
             handoffs=self.handoffs.counters,
             migrations=self.migrations.counters,
-            instance_hours=operations.scaling.instance_hours(),
+            instance_hours=operations.scaling.instance_hours(until_ns=end_ns),
             faults=operations.faults.counters,
             scaling=operations.scaling.counters,
             power=None if operations.power is None else operations.power.counters,
+            notes=self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        most, notes = self.builder.max_context, []
+        if self._too_long:
+            notes.append(f"{self._too_long:,} prompts fill the context of {most:,} tokens and were rejected.")
+        if self._cut:
+            notes.append(f"{self._cut:,} answers were cut at the context of {most:,} tokens or at what --max-new says.")
+        if self.scenario.workload.oracle:
+            notes.append("Oracle: the schedulers were told the true length of every answer.")
+        return notes
 
     # Parts
 
@@ -253,6 +275,11 @@ class Run:
             if block_tokens and shape.prefix_ids:
                 hashes = prefix_hashes(shape, block_tokens, workload.prefix_block_tokens)
             told, output = told_max_new_tokens(workload, shape, most), shape.output_tokens
+            if shape.input_tokens >= most:
+                self._too_long += 1
+                output = 0
+            elif output > told:
+                self._cut += 1
             at_ns = 0 if closed else shape.at_ns or 0
             request = Request(shape.index, at_ns, shape.input_tokens, told, shape.priority, hashes)
             yield Live(request, output if output < told else told)

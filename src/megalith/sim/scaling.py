@@ -133,11 +133,12 @@ class Scaling:
         """Whether it is to go when it has nothing left."""
         return instance in self._stopping
 
-    def instance_hours(self, pool: str | None = None) -> float:
-        """Hours of instances that were paid for up to now: starting, draining and failed ones too."""
-        now_ns = self._host.kernel.now_ns
+    def instance_hours(self, pool: str | None = None, until_ns: int | None = None) -> float:
+        """Hours of instances that were paid for up to now, or to an earlier time after which none was started:
+        starting, draining and failed ones too."""
+        now_ns = self._host.kernel.now_ns if until_ns is None else until_ns
         spent = sum(ns for name, ns in self._spent_ns.items() if pool in (None, name))
-        running = sum(now_ns - since_ns for name, since_ns in self._since_ns.values() if pool in (None, name))
+        running = sum(max(0, now_ns - since_ns) for name, since_ns in self._since_ns.values() if pool in (None, name))
         return (spent + running) / NS_PER_H
 
     def device_hours(self) -> float:

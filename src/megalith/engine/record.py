@@ -22,7 +22,8 @@ from megalith.base.units import GIB, format_bytes
 from megalith.policy.batching import BatchFacts, BatchPolicy
 from megalith.policy.facts import Request, RequestId, StepPlan
 from megalith.policy.kv import KvAccount
-from megalith.policy.scheduler import MANY, Limits, Scheduler
+from megalith.policy.limits import MANY
+from megalith.policy.scheduler import Limits, Scheduler
 from megalith.sim.shadow import (
     AbortCall,
     AddCall,

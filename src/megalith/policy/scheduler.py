@@ -18,45 +18,22 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
-from megalith.base.config import Config
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
 from megalith.policy.batching import BatchFacts, BatchPolicy, StepShape
 from megalith.policy.cohort import Cohort
 from megalith.policy.draft import Draft
 from megalith.policy.draft_prompts import PromptsFirstDraft
-from megalith.policy.facts import BlockId, PreemptMode, Request, RequestId, StepPlan
+from megalith.policy.facts import BlockId, Request, RequestId, StepPlan
 from megalith.policy.kv import IntegrityError, KvAccount, Short
+from megalith.policy.limits import MANY, Progress
+from megalith.policy.limits import Limits as Limits
 from megalith.policy.roster import Counters, Roster
 from megalith.policy.sequence import INCOMING, RUNNING, Sequence, sequence_of
 
 _rank = attrgetter("rank")
 _NO_ROWS: list[Sequence] = []
-MANY = 1 << 60
-"""More repeats than any plan has."""
-
-
-class Limits(Config, frozen=True):
-    """What one instance accepts."""
-
-    max_sequences: int
-    """Requests that run at once."""
-    max_waiting: int = 1024
-    """Requests that may be off the device when a new one comes; preempted ones count, and are never refused."""
-    preempt: PreemptMode = "recompute"
-    """`swap` falls back to recompute, request by request, when host blocks are short."""
-
-
-class Progress(NamedTuple):
-    """How far one request is, in tokens."""
-
-    computed: int
-    """Tokens whose K and V are in the cache."""
-    known: int
-    """Prompt tokens and sampled ones."""
-    cached: int
-    """Prompt tokens that the prefix cache served when the request was first admitted."""
 
 
 class Scheduler:

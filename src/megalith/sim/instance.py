@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from heapq import heapify, heappop, heappush
 from math import isqrt
-from typing import Protocol
 
 from megalith.cost.timer import PS_PER_NS, Prompt, StepTimer
 from megalith.policy.cluster import InstanceFacts, InstanceId
@@ -22,45 +21,10 @@ from megalith.policy.facts import RequestId, StepPlan
 from megalith.policy.scheduler import Scheduler
 from megalith.sim.kernel import STEP_END, Kernel
 from megalith.sim.live import NEVER, Live
+from megalith.sim.outlet import Outlet
 
 quick_prompt: Callable[[tuple[int, int, bool]], Prompt] = partial(tuple.__new__, Prompt)
 """`Prompt(*fields)` without the Python call that a NamedTuple's constructor is."""
-
-
-class Outlet(Protocol):
-    """Who is told what happens on an instance, in the nanosecond when it happens."""
-
-    def first_token(self, instance: Instance, live: Live) -> None:
-        """The prompt is done and the first token is there; the request decodes on here unless it is held now."""
-        ...
-
-    def recomputed(self, instance: Instance, live: Live) -> None:
-        """A prompt that had its first token before it lost its KV is done again, and is to decode elsewhere."""
-        ...
-
-    def finished(self, instance: Instance, live: Live) -> None:
-        """The last token is there; the request has left the instance."""
-        ...
-
-    def preempted(self, instance: Instance, live: Live) -> None:
-        """It was taken off the device and waits."""
-        ...
-
-    def idle(self, instance: Instance) -> None:
-        """Nothing is left to run."""
-        ...
-
-    def prompt_begins(self, instance: Instance, live: Live, new_tokens: int, end_ns: int) -> None:
-        """A step with a chunk of a prompt that decodes elsewhere begins now, and ends at `end_ns`."""
-        ...
-
-    def stepped(self, instance: Instance, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
-        """Steps of decodes alone were run."""
-        ...
-
-    def prompt_stepped(self, instance: Instance, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
-        """A step with prompt chunks was run."""
-        ...
 
 
 class Instance:

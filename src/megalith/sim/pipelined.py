@@ -19,9 +19,10 @@ from megalith.policy.cluster import InstanceId
 from megalith.policy.facts import RequestId, StepPlan
 from megalith.policy.pipelined import PipelinedScheduler
 from megalith.policy.scheduler import Scheduler
-from megalith.sim.instance import Instance, Outlet
+from megalith.sim.instance import Instance
 from megalith.sim.kernel import STEP_END, Kernel
 from megalith.sim.live import Live
+from megalith.sim.outlet import Outlet
 
 
 class _Passage:

@@ -130,19 +130,28 @@ def _fleet(what: What, stored: FleetSpec | None) -> FleetSpec:
 
 
 def with_policies(fleet: FleetSpec, names: Sequence[str]) -> FleetSpec:
-    """The fleet under a set-up, a batch policy, a router, controllers, or several of these. Raises ConfigError."""
+    """The fleet under a set-up, a batch policy, a router, controllers, or several of these. Raises ConfigError.
+
+    Options follow the name: those of a set-up are its router's (`splitwise:lengths=predicted`).
+    """
     import msgspec
 
     from megalith.policy.batching import POLICY_NAMES
     from megalith.policy.registry import CONTROLLERS, ROUTERS
     from megalith.sim.setups import SETUPS, apply
+    from megalith.specs.fleet import PolicySpec
     from megalith.specs.fleet_text import parse_policy
 
     # A set-up says all but the batch policy, so it goes first.
-    for name in sorted(names, key=lambda name: name not in SETUPS):
-        first = name.partition(":")[0]
-        if name in SETUPS:
-            fleet = apply(name, fleet)
+    for name in sorted(names, key=lambda name: name.partition(":")[0] not in SETUPS):
+        first, options, _ = name.partition(":")
+        if first in SETUPS:
+            fleet = apply(first, fleet)
+            if options:  # those of its router
+                router = parse_policy(name)
+                fleet = msgspec.structs.replace(
+                    fleet, router=PolicySpec(name=fleet.router.name, options=router.options)
+                )
         elif name in POLICY_NAMES:
             pools = tuple(msgspec.structs.replace(pool, policy=name) for pool in fleet.pools)
             fleet = msgspec.structs.replace(fleet, pools=pools)

@@ -165,8 +165,8 @@ class Shape(Config, kw_only=True):
             f"prefill={size.prefill}{unit},decode={size.decode}{unit}" if size.prefill else f"{size.instances}{unit}"
         )
         policy = "" if self.setup == "mixed" else f" --policy {self.setup}"
-        router = f" --router splitwise:lengths={self.lengths}" if self.setup == "splitwise" else ""
-        return f"--fleet {fleet}{policy}{router}"
+        lengths = f":lengths={self.lengths}" if self.setup == "splitwise" else ""
+        return f"--fleet {fleet}{policy}{lengths}"
 
     def render(self, size: Size | None = None) -> str:
         """In a few words: `4 x h100-sxm tp2, llumnix`."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megalith.base.config import convert
 from megalith.base.errors import ConfigError
+from megalith.specs.fleet import FleetSpec
 from megalith.specs.fleet_text import parse_fleet, parse_policy, render_pool
 
 
@@ -59,3 +62,25 @@ def test_a_policy_with_options() -> None:
     assert (policy.name, policy.options) == ("rebalance", {"threshold": 10, "balanced": True, "request": "shortest"})
     with pytest.raises(ConfigError, match="no option"):
         parse_policy("rebalance:threshold")
+
+
+POOL = {"name": "a", "device": "h100-sxm", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ({"pools": []}, "without a pool"),
+        ({"pools": [POOL, POOL]}, "same name"),
+        ({"pools": [POOL | {"count": 0}]}, "A count of 0 of pool 'a'"),
+        ({"pools": [POOL | {"count": 10**20}]}, "count"),
+        ({"pools": [POOL | {"block_tokens": 0}]}, "block_tokens of 0"),
+        ({"pools": [POOL | {"watermark": float("nan")}]}, "watermark of nan"),
+        ({"pools": [POOL], "heartbeat_s": 1e-12}, "heartbeat_s"),
+        ({"pools": [POOL], "faults": {"repair_s": float("nan")}}, "repair_s of nan"),
+        ({"pools": [POOL], "handoff": {"hidden": 2.0}}, "hidden of 2"),
+    ],
+)
+def test_fleets_that_cannot_be_are_refused(table: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        convert(table, FleetSpec, "a.toml")

@@ -143,7 +143,7 @@ class Builder:
             return entry.timer(pool.pipeline_parallel), f"Vidur's fit of measured operators, {entry.network}", None
         if kind == "tables":
             directory, _, host_us = option.partition(":host_us=")
-            host_ns = round(float(host_us or 0) * 1000)
+            host_ns = _host_ns(host_us)
             kernels = KernelTable.load(Path(directory), spec, pool.tensor_parallel, host_ns)
             return kernels, f"kernel tables in {directory}, {host_ns / 1e6:g} ms host time a step", None
         if name in published_timers():
@@ -223,6 +223,14 @@ def _splitwise_table(model: str, pool: PoolSpec) -> SplitwiseTable:
         f"{' and a power cap' if pool.power_cap is not None else ''}.",
         f"It has: {', '.join(sorted(tables))}.",
     )
+
+
+def _host_ns(text: str) -> int:
+    try:
+        return round(float(text or 0) * 1000)
+    except (ValueError, OverflowError):
+        what = f"{text!r} is no host time in microseconds."
+        raise ConfigError(what, "Write tables:FOLDER:host_us=650.") from None
 
 
 def _token_query(text: str) -> TokenQuery:

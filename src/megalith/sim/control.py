@@ -8,6 +8,7 @@ of what it hears about.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ class Control:
 
     def _begin(self, command: Command) -> None:
         cluster = self._cluster
-        self._kernel.log(COMMAND, _number(command), 0)
+        self._kernel.log(COMMAND, *_numbers(command))
         executor = self.executors.get(type(command))
         if executor is not None:
             refused = executor.carry_out(command)
@@ -106,6 +107,7 @@ class Control:
             self._kernel.at(self._kernel.now_ns + (controller.period_ns or 1), self._tick, controller)
 
 
-def _number(command: Command) -> int:
-    """A number for the log, the same on every machine."""
-    return (Command.__args__.index(type(command)) << 32) + getattr(command, "instance", 0)
+def _numbers(command: Command) -> tuple[int, int]:
+    """The kind of a command and a hash of all that it says, for the log; the same on every machine."""
+    digest = blake2b(repr(command).encode(), digest_size=7).digest()
+    return Command.__args__.index(type(command)), int.from_bytes(digest, "little")

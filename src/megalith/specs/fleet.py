@@ -5,9 +5,22 @@ Knows names and numbers. Must not know models, costs or policies; names are reso
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Literal
 
 from megalith.base.config import Config
+from megalith.base.errors import ConfigError
+
+MOST_INSTANCES = 100_000
+"""Of one pool."""
+SHORTEST_PERIOD_S = 1e-4
+"""Of what comes again and again: a heartbeat."""
+
+
+def _bound(name: str, value: float | None, low: float, high: float = inf, where: str = "") -> None:
+    """Raises ConfigError unless the value is None or between the two; not a number is not."""
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"A {name} of {value:g}{where} cannot be.", f"Give {low:g} to {high:g}.")
 
 
 class PolicySpec(Config):
@@ -48,6 +61,16 @@ class PoolSpec(Config, kw_only=True):
     """Most instances that scaling may make of it; None: no bound but `count`."""
     start_s: float = 0.0
     """From the decision to start one more instance until it serves: machine, weights, warm-up."""
+
+    def __post_init__(self) -> None:
+        least = {"count": 1, "tensor_parallel": 1, "pipeline_parallel": 1, "token_budget": 1, "max_sequences": 1,
+                 "max_waiting": 1, "block_tokens": 1, "kv_blocks": 1, "host_blocks": 0, "max_count": 1,
+                 "start_s": 0}  # fmt: skip
+        where = f" of pool {self.name!r}"
+        for name, low in least.items():
+            _bound(name, getattr(self, name), low, MOST_INSTANCES if name in ("count", "max_count") else 10**12, where)
+        _bound("watermark", self.watermark, 0, 0.99, where)
+        _bound("power_cap", self.power_cap, 0.01, 1, where)
 
     @property
     def devices(self) -> int:
@@ -98,6 +121,12 @@ class HandoffSpec(Config, kw_only=True):
     hidden: float = 0.0
     """Share of the bytes of a `push` that costs no time. Splitwise's simulator has 0.9 in its overlap variants."""
 
+    def __post_init__(self) -> None:
+        _bound("max_waiting", self.max_waiting, 0, 10**12)
+        _bound("max_wait_s", self.max_wait_s, 0, 1e9)
+        _bound("accept_share", self.accept_share, 0, 1)
+        _bound("hidden", self.hidden, 0, 1)
+
 
 class MigrationSpec(Config, kw_only=True):
     """What moving a running request costs beside the bytes."""
@@ -110,6 +139,11 @@ class MigrationSpec(Config, kw_only=True):
     """Migrations that one instance may take part in at once, as source or target."""
     whole_blocks: bool = True
     """Send whole blocks, also the last one that is not full."""
+
+    def __post_init__(self) -> None:
+        _bound("stage_s", self.stage_s, 0, 1e9)
+        _bound("slowdown", self.slowdown, 0.001, 1e6)
+        _bound("at_once", self.at_once, 1, 10**9)
 
 
 class PowerSpec(Config, kw_only=True):
@@ -138,6 +172,14 @@ class FaultSpec(Config, kw_only=True):
     straggler_factor: float = 1.0
     """That share of the instances takes this many times as long for a step."""
 
+    def __post_init__(self) -> None:
+        _bound("mtbf_h", self.mtbf_h, 1e-6, 1e9)
+        _bound("repair_s", self.repair_s, 0, 1e9)
+        _bound("straggler_share", self.straggler_share, 0, 1)
+        _bound("straggler_factor", self.straggler_factor, 0.001, 1e6)
+        for at_s in self.at_s:
+            _bound("at_s", at_s, 0, 1e9)
+
 
 class FleetSpec(Config, kw_only=True):
     """All of a cluster but the load on it."""
@@ -152,3 +194,12 @@ class FleetSpec(Config, kw_only=True):
     """Age of the facts that policies see: 0 is exact, else they are taken this often."""
     power: PowerSpec | None = None
     faults: FaultSpec = FaultSpec()
+
+    def __post_init__(self) -> None:
+        if not self.pools:
+            raise ConfigError("A fleet without a pool cannot be.", "Give it one with a name, a device and a count.")
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"Two pools have the same name: {', '.join(names)}.", "Give each its own.")
+        if self.heartbeat_s:
+            _bound("heartbeat_s", self.heartbeat_s, SHORTEST_PERIOD_S, 1e9)

@@ -89,10 +89,9 @@ def _pool(text: str) -> PoolSpec:
         else:
             key, value = _option(option, text)
             table[_SHORT.get(key, key)] = value
-    pool = convert(table, PoolSpec, f"pool {text!r}")
-    if min(pool.count, pool.tensor_parallel, pool.pipeline_parallel) < 1:
+    if 0 in (table[key] for key in ("count", "tensor_parallel", "pipeline_parallel") if key in table):
         raise ConfigError(f"{text!r} has no devices.", "Count and parallel degrees are at least 1.")
-    return pool
+    return convert(table, PoolSpec, f"pool {text!r}")
 
 
 def _option(option: str, text: str) -> tuple[str, Any]:

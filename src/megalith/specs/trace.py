@@ -24,6 +24,8 @@ from megalith.base.errors import ConfigError
 from megalith.specs.trace_values import TimeUnit, chained, clock, json_clock, parse_count, parse_ids
 
 _MAX_TOKENS = 10**9
+_MAX_NS = 9 * 10**18
+"""Times fit into 64 bits, 292 years."""
 _BUFFER_BYTES = 1 << 16
 
 TraceFormat: TypeAlias = Literal["csv", "jsonl"]
@@ -138,16 +140,18 @@ def _csv_rows(stream: BinaryIO, path: Path, columns: TraceColumns | None) -> Ite
                 counts = parse_count(row[prompt]), parse_count(row[answer])
             except IndexError:
                 _refuse(path, rows.line_num, f"it has {len(row)} of {len(header)} columns")
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 _refuse(path, rows.line_num, str(error))
             yield _row(path, rows.line_num, at_ns, counts, chained(ids) if content else ids, level)
 
 
 def _row(path: Path, line: int, at_ns: int, counts: tuple[int, int], ids: tuple[int, ...], priority: int) -> TraceRow:
     prompt, answer = counts
-    if not 1 <= prompt <= _MAX_TOKENS or not 1 <= answer <= _MAX_TOKENS or at_ns < 0:
+    if not 1 <= prompt <= _MAX_TOKENS or not 1 <= answer <= _MAX_TOKENS or not 0 <= at_ns <= _MAX_NS:
         if at_ns < 0:
             _refuse(path, line, f"it arrives at {at_ns / 1e9:g} s, before zero")
+        if at_ns > _MAX_NS:
+            _refuse(path, line, f"it arrives {at_ns / 1e9:g} s after zero, more than {_MAX_NS / 1e9:g} s")
         if not (0 <= prompt <= _MAX_TOKENS and 0 <= answer <= _MAX_TOKENS):
             _refuse(path, line, f"it has {prompt} prompt tokens and {answer} output tokens")
         return TraceRow(line, at_ns, max(1, prompt), max(1, answer), ids, priority)
@@ -174,7 +178,7 @@ def _json_rows(stream: BinaryIO, path: Path, columns: TraceColumns | None) -> It
             level = row.level if has_level else 0
             ids = parse_ids(row.hashes) if has_ids and row.hashes else ()
             counts = parse_count(row.prompt), parse_count(row.answer)
-        except (ValueError, TypeError) as error:  # msgspec's errors are ValueErrors
+        except (ValueError, TypeError, OverflowError) as error:  # msgspec's errors are ValueErrors
             _refuse(path, number, str(error))
         yield _row(path, number, at_ns, counts, chained(ids) if content else ids, level)
 

@@ -266,6 +266,8 @@ class Instance:
         """The step or leap is over: count it, let requests go, and begin the next."""
         if version != self._version:
             return
+        kernel = self.kernel
+        kernel.turn_ns, kernel.turn = kernel.now_ns, self.id
         plan = self._plan
         if plan is not None:
             decodes, steps, heap = plan.decodes, self._steps, self._finishes
@@ -371,7 +373,10 @@ class Instance:
     def _boundaries_before(self, now_ns: int) -> int:
         """Steps of the leap that are over before `now_ns`: the largest k < steps with
         k * first + slope * k * (k - 1) / 2 <= time, in integers."""
-        time_ps = (now_ns - 1) * PS_PER_NS - self._begun_ps
+        kernel = self.kernel
+        # Steps that end in one nanosecond end by instance: ours was over before that of a later one.
+        over_ns = now_ns if kernel.turn_ns == now_ns and kernel.turn > self.id else now_ns - 1
+        time_ps = over_ns * PS_PER_NS - self._begun_ps
         first, slope = self._first_ps, self._slope_ps
         if time_ps < first:
             return 0

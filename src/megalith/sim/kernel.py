@@ -30,6 +30,8 @@ class Kernel:
 
     def __init__(self) -> None:
         self.now_ns = 0
+        self.turn_ns = self.turn = -1
+        """The last nanosecond in which a step ended, and the instance whose step it was."""
         self.events = 0
         """Events that were run, as of the last return of run()."""
         self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []

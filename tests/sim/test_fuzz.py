@@ -192,6 +192,8 @@ def check_ends(scenario: Scenario, ledger: Ledger) -> None:
     for _, outcome, arrival, scheduled, first, finish, generated, wanted, *rest in ledger.ended:
         assert outcome in ("finished", "rejected", "failed")
         assert 0 <= generated <= wanted
+        assert (outcome == "rejected") <= (scheduled < 0), "it had begun"
+        assert (outcome == "failed") <= (scheduled >= 0)
         assert rest[2] <= rest[3], "more cached than the prompt has"
         if outcome == "finished":
             assert generated == wanted

@@ -148,7 +148,7 @@ class Cluster:
         elif isinstance(placement, Defer):
             self.kernel.at(max(placement.until_ns, self.kernel.now_ns + 1), self.route, live)
         elif isinstance(placement, Reject):
-            self.end(live, "rejected")
+            self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
 
     def end(self, live: Live, outcome: Outcome) -> None:
         """A request is over, one way or another."""
@@ -195,7 +195,7 @@ class Cluster:
         try:
             instance.submit(live)
         except MegalithError:
-            self.end(live, "rejected")
+            self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
             return
         self.kernel.log(ARRIVE, request.id, route.instance)
         facts.outstanding += 1

@@ -13,6 +13,7 @@ from megalith.policy.cluster import InstanceId, TransferMode
 from megalith.policy.facts import Request
 
 Outcome = Literal["", "finished", "rejected", "failed"]
+"""rejected: never begun. failed: begun, lost with its instance, and taken by nobody after that."""
 NEVER = -1
 
 

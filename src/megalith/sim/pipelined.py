@@ -16,7 +16,7 @@ from collections.abc import Callable
 from megalith.cost.timer import PS_PER_NS, Prompt, StepTimer
 from megalith.cost.timer_vidur import StagedTimer
 from megalith.policy.cluster import InstanceId
-from megalith.policy.facts import RequestId, StepPlan
+from megalith.policy.facts import Chunk, RequestId, StepPlan
 from megalith.policy.pipelined import PipelinedScheduler
 from megalith.policy.scheduler import Scheduler
 from megalith.sim.instance import Instance
@@ -28,10 +28,12 @@ from megalith.sim.outlet import Outlet
 class _Passage:
     """One step on its way through the stages."""
 
-    __slots__ = ("begun_ps", "end_ps", "last_ps", "plan")
+    __slots__ = ("begun_ps", "end_ps", "last_ps", "plan", "prompts")
 
-    def __init__(self, plan: StepPlan, begun_ps: int, last_ps: int, end_ps: int) -> None:
+    def __init__(self, plan: StepPlan, prompts: bool, begun_ps: int, last_ps: int, end_ps: int) -> None:
         self.plan = plan
+        self.prompts = prompts
+        """There are prompt tokens in it."""
         self.begun_ps = begun_ps
         self.last_ps = last_ps
         """When it enters the last stage."""
@@ -87,7 +89,7 @@ class PipelinedInstance(Instance):
         prompt_ps, decode_ps, now_ps = self.busy_prompt_ps, self.busy_decode_ps, now_ns * PS_PER_NS
         for passage in self._passages:
             under_way = max(0, min(now_ps, passage.end_ps) - passage.last_ps)
-            if passage.plan.listed:
+            if passage.prompts:
                 prompt_ps += under_way
             else:
                 decode_ps += under_way
@@ -131,6 +133,7 @@ class PipelinedInstance(Instance):
 
     def _wake(self, epoch: int) -> None:
         if epoch == self._epoch and self._due:
+            self.kernel.turn_ns, self.kernel.turn = self.kernel.now_ns, self.id
             self._due = False
             self._fill(self.kernel.now_ns * PS_PER_NS)
 
@@ -152,7 +155,8 @@ class PipelinedInstance(Instance):
         for stage, duration_ps in enumerate(stages_ps):
             last_ps = max(at_ps, self._free_ps[stage])
             at_ps = self._free_ps[stage] = last_ps + duration_ps
-        passage = _Passage(plan, begun_ps, last_ps, at_ps)
+        prompts = not all(self._is_decode(chunk) for chunk in plan.listed)
+        passage = _Passage(plan, prompts, begun_ps, last_ps, at_ps)
         self._passages.append(passage)
         end_ns = -(-at_ps // PS_PER_NS)
         for request_id, new, context, _ in plan.listed:
@@ -168,12 +172,13 @@ class PipelinedInstance(Instance):
         """How long each stage takes. A decode that is listed, because not all are in, counts with the others."""
         decodes, contexts = plan.decodes, plan.decode_context_sum
         longest = self.pipeline.decodes_of(plan).context_max() if decodes else 0
-        prompts, lives = [], self.lives
-        for request_id, new, context, samples in plan.listed:
-            if new == 1 and context >= lives[request_id].request.prompt_tokens:
+        prompts = []
+        for chunk in plan.listed:
+            if self._is_decode(chunk):
+                context = chunk.context_tokens
                 decodes, contexts, longest = decodes + 1, contexts + context, max(longest, context)
             else:
-                prompts.append(Prompt(new, context, samples))
+                prompts.append(Prompt(chunk.new_tokens, chunk.context_tokens, chunk.samples))
         timer, stages = self.timer, self.pipeline.stages
         if isinstance(timer, StagedTimer):
             return timer.stages_ps(prompts, decodes, contexts, longest)
@@ -181,19 +186,31 @@ class PipelinedInstance(Instance):
         even, rest = divmod(timer.step_ps(prompts, decodes, contexts, longest), stages)
         return (even + rest, *[even] * (stages - 1))
 
+    def _is_decode(self, chunk: Chunk) -> bool:
+        """Whether a listed row is a decode, listed because not all were in the step."""
+        live = self.lives.get(chunk.request_id)
+        return chunk.new_tokens == 1 and live is not None and chunk.context_tokens >= live.request.prompt_tokens
+
     def _leave(self, event: tuple[int, _Passage]) -> None:
         """A step leaves the last stage: its tokens are there."""
         epoch, passage = event
         if epoch != self._epoch:
             return
         plan, now_ns = passage.plan, self.kernel.now_ns
+        self.kernel.turn_ns, self.kernel.turn = now_ns, self.id
         self._passages.remove(passage)
         finished: list[RequestId] = []
         decoding = [member.request.id for member in self.pipeline.decodes_of(plan).members] if plan.decodes else []
+        prompts = []
+        for chunk in plan.listed:
+            if self._is_decode(chunk):
+                decoding.append(chunk.request_id)
+            else:
+                prompts.append(chunk)
         gaps = self._count_tokens(decoding, passage.end_ps, finished)
-        sampled = self._count_listed(passage, finished)
+        sampled = self._count_sampled(prompts, passage.end_ps, finished)
         self.scheduler.complete(plan, finished)
-        self._tell(passage, gaps)
+        self._tell(passage, sum([chunk.new_tokens for chunk in prompts]), gaps)
         for live in sampled:
             if live.first_ns < 0:
                 live.first_ns = now_ns
@@ -226,29 +243,28 @@ class PipelinedInstance(Instance):
                 finished.append(request_id)
         return gaps
 
-    def _count_listed(self, passage: _Passage, finished: list[RequestId]) -> list[Live]:
-        """What the listed rows sampled."""
+    def _count_sampled(self, prompts: list[Chunk], end_ps: int, finished: list[RequestId]) -> list[Live]:
+        """The requests whose prompts are done."""
         sampled = []
-        for request_id, new, context, samples in passage.plan.listed:
+        for request_id, new, context, samples in prompts:
             live = self.lives.get(request_id)
             if samples and live is not None:
                 live.generated = context + new + 1 - live.request.prompt_tokens
-                self._tokens_ps[request_id] = passage.end_ps
+                self._tokens_ps[request_id] = end_ps
                 sampled.append(live)
                 if live.generated == live.output_tokens:
                     finished.append(request_id)
         return sampled
 
-    def _tell(self, passage: _Passage, gaps: Counter[int]) -> None:
-        plan, last_ps = passage.plan, passage.end_ps - passage.last_ps
+    def _tell(self, passage: _Passage, prompt_tokens: int, gaps: Counter[int]) -> None:
+        last_ps = passage.end_ps - passage.last_ps
         self.steps += 1
-        self.decode_tokens += plan.decodes
-        if plan.listed:
-            tokens = sum([chunk.new_tokens for chunk in plan.listed])
+        self.decode_tokens += sum(gaps.values())
+        if passage.prompts:
             self.busy_prompt_ps += last_ps
-            self.prompt_tokens += tokens
+            self.prompt_tokens += prompt_tokens
             self._begun = passage.begun_ps
-            self._out.prompt_stepped(self, passage.end_ps - passage.begun_ps, tokens, 0)
+            self._out.prompt_stepped(self, passage.end_ps - passage.begun_ps, prompt_tokens, 0)
         else:
             self.busy_decode_ps += last_ps
         for gap_ps, count in sorted(gaps.items()):

@@ -40,7 +40,8 @@ class What:
     """Requests a second: the workload at another rate."""
     requests: int | None = None
     """Stop after so many requests."""
-    seed: int = 0
+    seed: int | None = None
+    """Of everything that is drawn; 0 unless said."""
 
 
 @Parameter(name="*", group="How")
@@ -48,12 +49,12 @@ class What:
 class How:
     """Model formats, costs and details."""
 
-    timer: str = "auto"
-    """auto, operators, analytic, or a published model (see --list)."""
-    weight_format: Annotated[str, Parameter(name="--format")] = "bf16"
-    """Weights: bf16, fp8, int8, ..."""
-    kv_format: Annotated[str, Parameter(name="--kv")] = "bf16"
-    """KV cache: bf16 or fp8."""
+    timer: str | None = None
+    """auto (default), operators, analytic, or a published model (see --list)."""
+    weight_format: Annotated[str | None, Parameter(name="--format")] = None
+    """Weights: bf16 (default), fp8, int8, ..."""
+    kv_format: Annotated[str | None, Parameter(name="--kv")] = None
+    """KV cache: bf16 (default) or fp8."""
     max_context: int | None = None
     """Most tokens of prompt and answer together."""
     max_new: str | None = None
@@ -92,27 +93,22 @@ def make_scenario(what: What, how: How) -> Scenario:
         hint = "Add --requests 10000, or duration=10m to the workload."
         raise ConfigError(f"The workload {workload.name or what.trace} never ends.", hint)
     if how.max_new is not None:
-        told: int | str = int(how.max_new) if how.max_new.isdigit() else how.max_new
+        told: int | str = int(how.max_new) if how.max_new.isdecimal() else how.max_new
         workload = convert(msgspec.to_builtins(workload) | {"max_new": told}, type(workload), "--max-new")
     fleet = _fleet(what, stored.fleet if stored is not None else None)
-    given: dict[str, Any] = {
+    flags: dict[str, Any] = {
         "fleet": fleet,
         "workload": workload,
+        "model": what.model or None,
+        "slo": None if what.slo is None else parse_slo(what.slo),
         "seed": what.seed,
         "timer": how.timer,
         "weight_format": how.weight_format,
         "kv_format": how.kv_format,
         "max_context": how.max_context,
     }
-    if what.model:
-        given["model"] = what.model
-    if what.slo is not None:
-        given["slo"] = parse_slo(what.slo)
-    if stored is None:
-        return Scenario(**given)
-    defaults = {field.name: field.default for field in msgspec.structs.fields(Scenario)}
-    changed = {name: value for name, value in given.items() if value != defaults.get(name)}
-    return msgspec.structs.replace(stored, **changed)
+    given = {name: value for name, value in flags.items() if value is not None}
+    return Scenario(**given) if stored is None else msgspec.structs.replace(stored, **given)
 
 
 def _fleet(what: What, stored: FleetSpec | None) -> FleetSpec:

@@ -5,6 +5,8 @@ Knows names and what the catalogue holds. Must not know batches.
 
 from __future__ import annotations
 
+import difflib
+
 from megalith.base.errors import ConfigError
 from megalith.cost.compute import CostModel
 from megalith.cost.memory import weight_bytes
@@ -31,10 +33,9 @@ def choose_timer(
     """
     if kind not in KINDS:
         if kind not in published_timers():
-            raise ConfigError(
-                f"There is no timer {kind!r}.",
-                f"Known: {', '.join(KINDS)}; published: {', '.join(published_timers())}.",
-            )
+            near = difflib.get_close_matches(kind.lower(), [*KINDS, *published_timers()], n=1, cutoff=0.4)
+            known = f"Known: {', '.join(KINDS)}; published: {', '.join(published_timers())}."
+            raise ConfigError(f"There is no timer {kind!r}.", f"Did you mean {near[0]!r}? {known}" if near else known)
         return published(kind).timer()
     spec, devices = catalog.model(model), catalog.device(device)
     if kind != "analytic":

@@ -156,3 +156,8 @@ def test_everybody_gets_all_tokens(work: list[tuple[int, int, int]], blocks: int
     work.sort()
     ledger = run(TIMER, stages, work, blocks)
     assert [live.generated for live in ledger.ended] == [answer for _, _, answer in work]
+    if not any(live.preemptions for live in ledger.ended):
+        assert sum(ledger.prompts) == sum(prompt for _, prompt, _ in work)
+        assert sum(decodes for _, decodes in ledger.gaps) == sum(answer - 1 for _, _, answer in work)
+        gaps_ps = sum(gap * decodes for gap, decodes in ledger.gaps)
+        assert abs(gaps_ps - sum(live.finish_ns - live.first_ns for live in ledger.ended) * 1000) < 1000 * len(work)

@@ -161,7 +161,8 @@ def test_ratios_are_taken_seed_by_seed() -> None:
 
 
 def test_a_figure_that_does_not_exist_is_named() -> None:
-    result = PointResult(key="", labels={}, figures={"share": 0.5}, preemptions=3)
+    result = PointResult(key="", labels={}, figures={"share": 0.5, "tpot=1.25x@p50": 0.9}, preemptions=3)
+    assert read(result, "tpot=1.25x@p50") == 0.9
     assert (read(result, "share"), read(result, "preemptions"), read(result, "ttft_ns.p99")) == (0.5, 3.0, None)
     with pytest.raises(ConfigError, match="share"):
         read(result, "shar")

@@ -14,6 +14,8 @@ from megalith.sim.samples import Distribution
 from megalith.sim.sweep import PointResult
 from megalith.studies.study import Case, Figure, Study
 
+_LATENCIES = ("ttft_ns", "tpot_ns", "itl_ns", "e2e_ns", "queue_ns", "normalized_ns")
+
 
 class Results:
     """Grows point by point. Places and seeds come in the order of the study, whatever order points end in."""
@@ -102,12 +104,12 @@ def read(result: PointResult, figure: Figure) -> float | None:
     """One figure of a result; durations in seconds. ConfigError for a name that means nothing."""
     if callable(figure):
         return figure(result)
-    name, _, percent = figure.partition(".")
-    if percent:
-        distribution: Distribution | None = result.latencies.get(name)
-        return None if distribution is None else getattr(distribution, percent) / NS_PER_S
     if figure in result.figures:
         return result.figures[figure]
+    name, _, percent = figure.partition(".")
+    if name in result.latencies or name in _LATENCIES:
+        distribution: Distribution | None = result.latencies.get(name)
+        return None if distribution is None else getattr(distribution, percent) / NS_PER_S
     if figure in result.__struct_fields__:
         value = getattr(result, figure)
         return None if value is None else float(value)

@@ -102,7 +102,7 @@ def scenario(case: Case, timer: str, fast_s: float = FAST_S) -> Scenario:
         router = PolicySpec(name="splitwise", options={"transfer": "push", "lengths": lengths})
     load = msgspec.structs.replace(
         workloads()["azure-conv"].spec, arrivals=PoissonArrivals(rate_per_s=case.at), requests=None,
-        duration_s=fast_s if case.fast else FULL_S, max_new="context" if design is GUESSED else "true",
+        duration_s=fast_s if case.fast else FULL_S, max_new=1024 if design is GUESSED else "true",
     )  # fmt: skip
     fleet = FleetSpec(
         pools=pools, router=router, link=LinkSpec(bytes_per_s=LINK_BYTES_PER_S, contention=False),
@@ -177,9 +177,7 @@ def _gates(results: Results, cells: Table) -> list[Gate]:
     return [
         *gates,
         Gate("AA over Base-A100, decode by context", gain("context", AA_WIDE, BASE_A), 1.0, 1.3, "expected 1.0 to 1.3"),
-        Gate(
-            "HH over Base-H100, decode by context", gain("context", HH_WIDE, BASE_H), 0.95, 1.3, "both pass 60, fail 75"
-        ),
+        Gate("HH over Base-H100, decode by context", gain("context", HH_WIDE, BASE_H), 0.85, 1.3, "1.0 within 15 %"),
         Gate("HH over Base-H100, TPOT p99 at 60/s by context", _over(*tails), 0.0, 0.95, "shorter tails: 1.48, 1.82"),
         Gate("AA as published, TPOT p50 at 60/s by context", _over(*old), 1.05, 3.0, "worse than Base-A100: 2.3, 1.53"),
     ]
@@ -271,11 +269,11 @@ STUDY = Study(
         ),
         _experiment(
             "h100", "H100 and mixed designs, decode blind to context", (HH, HA, HHCAP, BASE_H), _BLIND,
-            (60.0, 100.0, 120.0, 140.0, 160.0, 180.0), (140.0,),
+            (60.0, 100.0, 120.0, 140.0, 160.0), (140.0,),
         ),
         _experiment(
             "context", "decode steps by context", (AA_WIDE, AA, HH_WIDE, BASE_A, BASE_H), _AWARE,
-            (40.0, 45.0, 50.0, 60.0, 65.0, 70.0, 75.0), (45.0,),
+            (30.0, 35.0, 40.0, 45.0, 50.0, 60.0, 70.0, 75.0), (45.0,),
         ),
         _experiment(
             "lengths", "what knowing output lengths is worth, decode blind to context", (HH, GUESSED, BASE_H), _BLIND,
@@ -285,7 +283,7 @@ STUDY = Study(
     judge=judge,
     differences=(
         "ORACLE: as in the released simulator, the split designs reserve memory for the true length of each answer. "
-        "The arm `output lengths predicted` learns a mean from what has finished instead.",
+        "The arm `output lengths predicted` learns a mean from what has finished instead, and knows a limit of 1,024.",
         "The released simulator asks for decode times by the number of sequences where they were measured by tokens in "
         "the cache, so a decode step costs about the same whatever is in it. That makes a token machine nearly free to "
         "load, and is most of the gain: see the second row.",

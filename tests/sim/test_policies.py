@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megalith.base.errors import ConfigError
 from megalith.policy.registry import CONTROLLERS, ROUTERS
 from megalith.sim.run import SimResult, simulate
 from megalith.sim.scenario import Scenario
@@ -65,8 +66,17 @@ def test_a_router_gets_every_request_to_its_end(name: str, pools: Any, heartbeat
         assert ran(pools, name, heartbeat_s=heartbeat_s).digest == result.digest
 
 
+POWER = ("polca", "single-threshold", "no-cap")
+
+
+@pytest.mark.parametrize("name", POWER)
+def test_a_power_policy_without_a_power_domain_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no power domain"):
+        ran((pool(kv_blocks=300),), "freeness", (PolicySpec(name=name),))
+
+
 @pytest.mark.parametrize("heartbeat_s", [0.0, 0.5])
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("name", [name for name in CONTROLLERS if name not in POWER])
 def test_a_controller_harms_nobody_with_old_facts_either(name: str, heartbeat_s: float) -> None:
     controllers = (PolicySpec(name=name),)
     result = ran((pool(kv_blocks=300),), "freeness", controllers, heartbeat_s=heartbeat_s)

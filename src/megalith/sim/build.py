@@ -80,6 +80,13 @@ class Builder:
         self.spec = catalog.model(scenario.model) if spec is None else spec
         self._profiles = profiles or {}
         self._weights = weights
+        for pool in scenario.fleet.pools:
+            if pool.pipeline_parallel > self.spec.num_layers:
+                raise ConfigError(
+                    f"{self.spec.name} has {self.spec.num_layers} layers, which cannot be cut into "
+                    f"{pool.pipeline_parallel} stages (pool {pool.name!r}).",
+                    f"Use at most pp{self.spec.num_layers}.",
+                )
         self.kinds = {pool.name: self._kind(pool) for pool in scenario.fleet.pools}
 
     @property

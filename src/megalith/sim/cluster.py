@@ -37,6 +37,8 @@ from megalith.specs.fleet import PoolSpec
 
 RETRY_NS = 1_000_000
 """A request that was sent to an instance that is down asks again after this: the network says so after a while."""
+GIVE_UP_NS = 3_600_000_000_000
+"""A request that has asked for this long is refused."""
 
 
 class Sink(StepSink, Protocol):
@@ -187,7 +189,10 @@ class Cluster:
         request = live.request
         target = route.decode_instance
         if instance is None or instance.down or (target is not None and self.find(target) is None):
-            self.kernel.at(self.kernel.now_ns + RETRY_NS, self.route, live)
+            if self.kernel.now_ns - request.arrival_ns > GIVE_UP_NS:
+                self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
+            else:
+                self.kernel.at(self.kernel.now_ns + RETRY_NS, self.route, live)
             return
         live.instance = route.instance
         facts = self.facts[route.instance]

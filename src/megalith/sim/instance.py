@@ -31,10 +31,10 @@ class Instance:
     """See the module. `id` is its number in the cluster; `leap=False` runs one step at a time."""
 
     __slots__ = (
-        "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_out", "_plan",
-        "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps", "busy_prompt_ps",
-        "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_steps_to", "prompt_tokens", "scheduler",
-        "stalled", "steps", "steps_to", "timer",
+        "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_listed_decodes",
+        "_out", "_plan", "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps",
+        "busy_prompt_ps", "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_steps_to",
+        "prompt_tokens", "scheduler", "stalled", "steps", "steps_to", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +77,7 @@ class Instance:
         """A step is under way, or the event that begins one is due."""
         self._plan: StepPlan | None = None
         self._begun_ps = self._end_ps = self._first_ps = self._slope_ps = self._steps = self._prompt_tokens = 0
+        self._listed_decodes = 0
 
     # From outside
 
@@ -233,11 +234,14 @@ class Instance:
         cohort, decodes, lives, now_ns = self._cohort, plan.decodes, self.lives, self.kernel.now_ns
         prompts: list[Prompt] = []
         parted: list[tuple[Live, int]] = []
-        tokens = 0
+        tokens = listed_decodes = 0
         for request_id, new, context, samples in plan.listed:
             prompts.append(quick_prompt((new, context, samples)))
-            tokens += new
             live = lives[request_id]
+            if new == 1 and context >= live.request.prompt_tokens:
+                listed_decodes += 1
+            else:
+                tokens += new
             if live.scheduled_ns < 0:
                 live.scheduled_ns = now_ns
                 live.cached_tokens = context
@@ -246,6 +250,7 @@ class Instance:
         longest = cohort.context_max() if decodes else 0
         duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
         self._first_ps, self._slope_ps, self._steps, self._prompt_tokens = duration, 0, 1, tokens
+        self._listed_decodes = listed_decodes
         self._end_ps = end_ps = self._begun_ps + duration
         self.stalled = 0 if decodes else len(cohort.members)
         for live, new in parted:
@@ -308,7 +313,7 @@ class Instance:
                     ids.append(request_id)
                 sampled.append(live)
         self.scheduler.complete(plan, ids)
-        duration, tokens, decodes = self._first_ps, self._prompt_tokens, plan.decodes
+        duration, tokens, decodes = self._first_ps, self._prompt_tokens, plan.decodes + self._listed_decodes
         self.steps += 1
         self.busy_prompt_ps += duration
         self.prompt_tokens += tokens

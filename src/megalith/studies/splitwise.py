@@ -236,7 +236,7 @@ def _experiment(
     name: str, title: str, designs: tuple[Design, ...], timer: str, at: tuple[float, ...], fast_at: tuple[float, ...]
 ) -> Experiment:
     arms = tuple(design.arm for design in designs)
-    task = _task(timer, {"a100": FAST_S, "h100": 20.0}.get(name, 2.0))
+    task = _task(timer, FAST_S if name in ("a100", "h100") else 2.0)
     return Experiment(name, title, arms, "requests/s", at, task, 2, fast_at, shown=_SHOWN)
 
 

@@ -118,7 +118,7 @@ def test_a_closed_loop_keeps_its_clients_busy() -> None:
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
     fleet = FleetSpec(pools=(PoolSpec(name="small", device="l4", count=1),))
-    with pytest.raises(DoesNotFit, match="llama-3.1-70b"):
+    with pytest.raises(DoesNotFit, match="llama-3\\.1-70b"):
         Run(Scenario(model="llama-3.1-70b", fleet=fleet, workload=load()))
 
 

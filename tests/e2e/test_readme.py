@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -91,3 +92,25 @@ def test_the_plan_line_answers(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-m", "megalith", *arguments], capture_output=True, text=True, timeout=30)
     assert "predicted" in run.stdout + run.stderr
     assert "GiB" in run.stdout
+
+
+def commands(containing: str) -> list[list[str]]:
+    """The commands of a block, continued lines joined, comments dropped."""
+    text = fenced("sh", containing).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("words", commands("megalith simulate"), ids=lambda words: " ".join(words[:2]))
+def test_what_the_readme_simulates(words: list[str], tmp_path: Path) -> None:
+    """Every line of the block, on fewer requests; studies in their fast form."""
+    fewer = {
+        "simulate": ["--requests", "60"],
+        "sweep": ["--requests", "60", "--seeds", "1"],
+        "plan": ["--predict-only"],
+        "reproduce": ["--list"],
+    }[words[0]]
+    ran = subprocess.run(
+        [sys.executable, "-m", "megalith", *words, *fewer], capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "simulated" in ran.stdout or "predicted" in ran.stdout or words[0] == "reproduce"

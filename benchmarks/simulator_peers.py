@@ -44,9 +44,9 @@ class Case(NamedTuple):
 
 CASES = {
     "azure-1": Case("azure2023_conv.csv.gz", 1),
-    "azure-4": Case("azure2023_conv.csv.gz", 4),
-    "azure-16": Case("azure2023_conv.csv.gz", 16, vidur_requests=5000),
-    "azure-64": Case("azure2023_conv.csv.gz", 64, vidur_requests=5000),
+    "azure-4": Case("azure2023_conv.csv.gz", 4, vidur_requests=5000),
+    "azure-16": Case("azure2023_conv.csv.gz", 16, vidur_requests=2000),
+    "azure-64": Case("azure2023_conv.csv.gz", 64, vidur_requests=2000),
     # Blocks as the trace has them; it has no prefix cache, so Vidur sits out.
     "mooncake-16": Case("mooncake_fast25_conversation.jsonl.gz", 16, "least-outstanding", TRACE_BLOCK, 0),
     "mooncake-16-by-prefix": Case("mooncake_fast25_conversation.jsonl.gz", 16, "prefix-aware", TRACE_BLOCK, 0),

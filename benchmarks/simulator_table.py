@@ -8,7 +8,7 @@ _ABOUT = """Requests a CPU second (user and system) on one core, one run each, m
 slower than Megalith. Every simulator times steps in its own way and makes its own number of steps, so
 whole tools are compared, not equal work: Megalith with operator tables of Llama 3.1 8B on H100, DynoSim
 with its polynomial, Vidur with its linear regression on A100. Vidur cuts requests to 4,096 tokens and has
-no prefix cache; on 16 and 64 instances it is given the first 5,000 requests. `others`: what other
+no prefix cache; on 4 instances it is given the first 5,000 requests, on more 2,000. `others`: what other
 processes took meanwhile, in cores; CPU seconds grow with it, for all alike.
 """
 ARMS = {"megalith": "Megalith", "dynosim": "DynoSim", "vidur": "Vidur"}

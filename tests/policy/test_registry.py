@@ -7,7 +7,7 @@ import pytest
 from megalith.base.errors import ConfigError
 from megalith.policy.cluster import Controller, Router
 from megalith.policy.registry import CONTROLLERS, ROUTERS, controller, describe, router
-from megalith.specs.fleet import FleetSpec, PolicySpec
+from megalith.specs.fleet import FleetSpec, PolicySpec, PoolSpec
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -30,7 +30,8 @@ def test_two_of_a_name_share_nothing() -> None:
 
 
 def test_the_default_router_of_a_fleet_exists() -> None:
-    assert FleetSpec(pools=()).router.name in ROUTERS
+    pool = PoolSpec(name="all", device="h100-sxm", count=1)
+    assert FleetSpec(pools=(pool,)).router.name in ROUTERS
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def test_the_code_in_the_guide_is_that_of_the_example() -> None:
 
 def test_the_fleet_in_the_guide_is_one() -> None:
     [block] = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
-    fleet = convert({"pools": [{"name": "all", "device": "h100-sxm", "count": 1}], **tomllib.loads(block)}, FleetSpec, "the guide")
+    fleet = convert(
+        {"pools": [{"name": "all", "device": "h100-sxm", "count": 1}], **tomllib.loads(block)}, FleetSpec, "the guide"
+    )
     assert router(fleet.router, 0).name == "freeness"
     assert [controller(spec, 0).name for spec in fleet.controllers] == ["rebalance", "freeness-scaling"]
 

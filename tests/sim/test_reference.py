@@ -18,7 +18,9 @@ from tests.sim.test_run import scenario
 def test_a_request_alone_is_as_fast_as_its_reference(budget: int) -> None:
     """Requests so far apart that none meets another."""
     pool = PoolSpec(name="all", device="llumnix", count=1, kv_blocks=4000, token_budget=budget)
-    load = parse_workload("poisson:rate=0.0005,input=lognormal:400:0.8,output=lognormal:60:0.8,max_input=2000,requests=40")
+    load = parse_workload(
+        "poisson:rate=0.0005,input=lognormal:400:0.8,output=lognormal:60:0.8,max_input=2000,requests=40"
+    )
     setting = scenario(FleetSpec(pools=(pool,)), workload=load, sample_s=0.0)
     plain = Run(setting)
     timer = plain.builder.kinds["all"].timer

@@ -98,6 +98,11 @@ class Cohort:
             member.table.held += blocks
             member.edge += blocks * self._size
 
+    def settle_all(self) -> None:
+        """Write into the table of every member how many blocks it holds by now."""
+        for member in self.members:
+            self.settle(member)
+
     # Steps
 
     def begin(self) -> bool:

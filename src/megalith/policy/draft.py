@@ -90,8 +90,7 @@ class Draft:
         if not ((members and members[-1].rank[0] > first) or (prompts and prompts[-1].rank[0] > first)):
             return
         running = roster.running
-        for member in roster.cohort.members:
-            roster.cohort.settle(member)
+        roster.cohort.settle_all()
         lower = [sequence for sequence in running if sequence.request.priority < head.request.priority]
         reserve = kv.watermark_blocks if len(lower) < len(running) else 0
         reachable = kv.free_blocks + sum(sequence.table.held for sequence in lower)

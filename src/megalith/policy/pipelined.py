@@ -86,8 +86,7 @@ class PipelinedRoster(Roster):
     def check_integrity(self) -> None:
         """See Roster."""
         for flight in self.flights:
-            for member in flight.cohort.members:
-                flight.cohort.settle(member)
+            flight.cohort.settle_all()
             flight.cohort.check_integrity()
         super().check_integrity()
 
@@ -209,8 +208,7 @@ class PipelinedScheduler(Scheduler):
     def running(self) -> list[Sequence]:
         """See Scheduler."""
         for flight in self._roster.flights:
-            for member in flight.cohort.members:
-                flight.cohort.settle(member)
+            flight.cohort.settle_all()
         return super().running()
 
     def _flight(self, plan: StepPlan) -> Flight:

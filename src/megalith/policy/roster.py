@@ -201,8 +201,7 @@ class Roster:
 
     def check_integrity(self) -> None:
         """Check the account, and that every request is where its phase says. Raises IntegrityError with both sides."""
-        for member in self.cohort.members:
-            self.cohort.settle(member)
+        self.cohort.settle_all()
         self.kv.check_integrity()
         by_phase: dict[Phase, set[RequestId]] = {phase: set() for phase in Phase}
         for sequence in self.sequences.values():

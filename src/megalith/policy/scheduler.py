@@ -297,13 +297,12 @@ class Scheduler:
         return self._roster.num_incoming
 
     def waiting(self) -> list[Sequence]:
-        """Those off the device, in rank order. O(n log n)."""
-        return sorted(self._roster.queue, key=_rank)
+        """Those off the device, in rank order. O(n)."""
+        return list(self._roster.queue)
 
     def running(self) -> list[Sequence]:
         """Those in steps, in rank order, with their tables settled. O(batch)."""
-        for member in self._roster.cohort.members:
-            self._roster.cohort.settle(member)
+        self._roster.cohort.settle_all()
         return self._roster.running
 
     def head(self) -> Sequence | None:

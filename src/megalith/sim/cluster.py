@@ -150,7 +150,11 @@ class Cluster:
         elif isinstance(placement, Defer):
             self.kernel.at(max(placement.until_ns, self.kernel.now_ns + 1), self.route, live)
         elif isinstance(placement, Reject):
-            self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
+            self.refuse(live)
+
+    def refuse(self, live: Live) -> None:
+        """No instance takes a request: it is rejected, or has failed if it ran before."""
+        self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
 
     def end(self, live: Live, outcome: Outcome) -> None:
         """A request is over, one way or another."""
@@ -177,11 +181,7 @@ class Cluster:
             self.kernel.at(live.request.arrival_ns, self._next, live)
 
     def _next(self, live: Live) -> None:
-        following = next(self._arrivals, None)
-        if following is None:
-            self._more = False
-        else:
-            self.kernel.at(following.request.arrival_ns, self._next, following)
+        self._await_next()
         self.arrive(live)
 
     def _place(self, live: Live, route: Route) -> None:
@@ -190,7 +190,7 @@ class Cluster:
         target = route.decode_instance
         if instance is None or instance.down or (target is not None and self.find(target) is None):
             if self.kernel.now_ns - request.arrival_ns > GIVE_UP_NS:
-                self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
+                self.refuse(live)
             else:
                 self.kernel.at(self.kernel.now_ns + RETRY_NS, self.route, live)
             return
@@ -200,7 +200,7 @@ class Cluster:
         try:
             instance.submit(live)
         except MegalithError:
-            self.end(live, "rejected" if live.scheduled_ns < 0 else "failed")
+            self.refuse(live)
             return
         self.kernel.log(ARRIVE, request.id, route.instance)
         facts.outstanding += 1

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import nan
 
+import msgspec
+
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
 from megalith.cost.memory import kv_bytes_per_token
@@ -255,7 +257,7 @@ class Run:
                 live = next(lives, None)
                 if live is not None:
                     at_ns = self.kernel.now_ns + (think_ns if _ended is not None else 0)
-                    due = Live(_at(live.request, at_ns), live.output_tokens)
+                    due = Live(msgspec.structs.replace(live.request, arrival_ns=at_ns), live.output_tokens)
                     self.kernel.at(at_ns, cluster.arrive, due)
 
             cluster.on_end = again
@@ -334,9 +336,3 @@ def simulate(
         if progress is not None:
             progress(run.progress)
     return run.result()
-
-
-def _at(request: Request, arrival_ns: int) -> Request:
-    return Request(
-        request.id, arrival_ns, request.prompt_tokens, request.max_new_tokens, request.priority, request.prefix_hashes
-    )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from megalith.cost.timer import PS_PER_NS
+from megalith.cost.timer import PS_PER_NS, Line
 from megalith.report.trace_events import MOST_EVENTS, TraceWriter
 from megalith.sim.record import Ended
 from megalith.sim.series import InstanceSample
@@ -38,7 +38,7 @@ class RunTrace:
     def steps(self, instance: int, begun_ps: int, line: tuple[int, int, int], decodes: int) -> None:
         """Steps of decodes: `line` is (first_ps, slope_ps, steps), the first of them begun at `begun_ps`."""
         first_ps, slope_ps, steps = line
-        end_ps = begun_ps + steps * first_ps + slope_ps * (steps * (steps - 1) // 2)
+        end_ps = begun_ps + Line(*line).total_ps(steps)
         name = f"decode {decodes}" if steps == 1 else f"decode {decodes} x {steps} steps"
         arguments = {"decodes": decodes, "repeats": steps - 1, "first_us": first_ps / 1e6, "slope_us": slope_ps / 1e6}
         self._slice(instance, name, begun_ps, end_ps, arguments)

@@ -68,8 +68,7 @@ class Facts:
 
     def preempted(self) -> int:
         """See InstanceFacts."""
-        scheduler = self._instance.scheduler
-        return sum([sequence.cached is not None for sequence in scheduler.waiting()]) if scheduler.head() else 0
+        return sum([sequence.cached is not None for sequence in self._instance.scheduler.waiting()])
 
     def requests(self) -> Sequence[RequestFacts]:
         """See InstanceFacts."""

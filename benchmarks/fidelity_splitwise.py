@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from side_by_side import SHARES, Times, equal_share, head, line, percentiles, read_rows
+from side_by_side import SHARES, Ledger, Times, equal_share, head, line, percentiles, read_rows
 
 from megalith.cost.timer_splitwise import splitwise
 from megalith.policy import registry
@@ -77,25 +77,6 @@ RUNS = {
     "S_bl_130": Run("llama2-70b", "rr_conv_130_60s", (H100, 40)),
     "S_hh_130": Run("llama2-70b", "rr_conv_130_60s", (H100, 25), (H100, 15)),
 }
-
-
-class Ledger:
-    """Collects what ends."""
-
-    def __init__(self) -> None:
-        self.ended: dict[int, Live] = {}
-
-    def finished(self, live: Live) -> None:
-        self.ended[live.request.id] = live
-
-    def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
-        pass
-
-    def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
-        pass
-
-    def late_step(self, duration_ps: int, prompt_tokens: int, decodes: int, waits: list[tuple[int, int]]) -> None:
-        pass
 
 
 def arrivals(trace: Iterable[dict[str, str]]) -> Iterator[Live]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from side_by_side import Times, equal_share, head, line, percentiles, read_rows
+from side_by_side import Ledger, Times, equal_share, head, line, percentiles, read_rows
 
 from megalith.cost.timer_vidur import vidur
 from megalith.policy import registry
@@ -65,25 +65,6 @@ def kv_blocks(stages: int) -> int:
     request = 2 * 2 * head_dim * (kv_heads // parallel) * MAX_TOKENS * layers
     slots = int((80 * GIB * 0.9 - weights) // request) * stages
     return slots * (MAX_TOKENS // BLOCK_TOKENS)
-
-
-class Ledger:
-    """Collects what ends."""
-
-    def __init__(self) -> None:
-        self.ended: dict[int, Live] = {}
-
-    def finished(self, live: Live) -> None:
-        self.ended[live.request.id] = live
-
-    def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
-        pass
-
-    def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
-        pass
-
-    def late_step(self, duration_ps: int, prompt_tokens: int, decodes: int, waits: list[tuple[int, int]]) -> None:
-        pass
 
 
 def arrivals(trace: Iterable[dict[str, str]]) -> Iterator[Live]:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from side_by_side import Ledger
+
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
 from megalith.cost.kernel_profile import read_profile
@@ -146,23 +148,6 @@ def prefix_hashes(run: VllmRun, tokens: Path | None = None) -> dict[int, tuple[i
                 for number, line in enumerate(lines)}  # fmt: skip
 
 
-class Ended:
-    """Keeps the requests that ended."""
-
-    def __init__(self) -> None:
-        self.lives: dict[int, Live] = {}
-
-    def finished(self, live: Live) -> None:
-        """One more."""
-        self.lives[live.request.id] = live
-
-    def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
-        """Not looked at."""
-
-    def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
-        """Not looked at."""
-
-
 def scheduler(run: VllmRun) -> Scheduler:
     """The real scheduler as vLLM 0.19 schedules: chunked prefill after all decodes, no watermark, prefix cache on."""
     kv = KvAccount(run.kv_blocks, run.block_tokens)
@@ -189,13 +174,13 @@ def replay(run: VllmRun, timer: StepTimer, tokens: Path | None = None, leap: boo
     def make(instance_id: InstanceId, _pool: PoolSpec, cluster: Cluster) -> Instance:
         return Instance(instance_id, cluster.kernel, scheduler(run), timer, cluster, leap)
 
-    kernel, ended = Kernel(), Ended()
-    cluster = Cluster(kernel, registry.router(PolicySpec(name="round-robin"), 0), (), ended, make)
+    kernel, ledger = Kernel(), Ledger()
+    cluster = Cluster(kernel, registry.router(PolicySpec(name="round-robin"), 0), (), ledger, make)
     cluster.add_instance(PoolSpec(name="vllm", device=run.name, count=1))
     cluster.feed(iter(arrivals(run, tokens)))
     cluster.control.start()
     kernel.run()
-    return ended.lives
+    return ledger.ended
 
 
 def decode_bias(run: VllmRun, lives: dict[int, Live], numbers: Iterable[int]) -> float:

@@ -7,12 +7,33 @@ import gzip
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from megalith.sim.live import Live
+
 SHARES = (0.5, 0.9, 0.99)
 EQUAL = 1e-5
 """Relative difference up to which two times count as equal."""
 
 Times = Mapping[str, float]
 """Seconds of one request, by metric."""
+
+
+class Ledger:
+    """Collects what ends."""
+
+    def __init__(self) -> None:
+        self.ended: dict[int, Live] = {}
+
+    def finished(self, live: Live) -> None:
+        self.ended[live.request.id] = live
+
+    def steps(self, first_ps: int, slope_ps: int, steps: int, decodes: int) -> None:
+        pass
+
+    def prompt_step(self, duration_ps: int, prompt_tokens: int, decodes: int) -> None:
+        pass
+
+    def late_step(self, duration_ps: int, prompt_tokens: int, decodes: int, waits: list[tuple[int, int]]) -> None:
+        pass
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -36,7 +36,7 @@ def vllm() -> Any:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         module = importlib.import_module("fidelity_vllm")
         yield module
-        del sys.modules["fidelity_vllm"]
+        del sys.modules["fidelity_vllm"], sys.modules["side_by_side"]
 
 
 @pytest.fixture(scope="module")

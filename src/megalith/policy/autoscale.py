@@ -7,6 +7,7 @@ nothing left, so that a turn of the load can call it back.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from math import ceil, inf
 from typing import Literal, NamedTuple
@@ -56,7 +57,7 @@ class Pool(NamedTuple):
     draining: InstanceFacts | None
 
 
-class Scaler:
+class Scaler(ABC):
     """What scalers have in common. The subclass says how many more are needed.
 
     State: what was asked for and is not over, when a pool last changed, and who drains: one of a pool at a time.
@@ -74,9 +75,9 @@ class Scaler:
         self._last_start_ns: dict[str, int] = {}
         self._last_change_ns: dict[str, int] = {}
 
+    @abstractmethod
     def need(self, pool: Pool) -> int:
         """Above 0: so many more. Below 0: one fewer. Those that start are not to be asked for again."""
-        raise NotImplementedError
 
     def act(self, event: Event, view: View) -> Iterable[Command]:
         """Decides on ticks; on idle it stops who has drained."""

@@ -9,6 +9,7 @@ instance the decode stays.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Literal
@@ -61,7 +62,7 @@ class RouterOptions(Config):
         require(self.retry_s > 0 and self.patience_s >= 0, "retry_s must be above 0 and patience_s at least 0")
 
 
-class RuleRouter:
+class RuleRouter(ABC):
     """A router that is one rule: the subclass says which of the instances, of which there is at least one."""
 
     name = "rule"
@@ -71,9 +72,9 @@ class RuleRouter:
         self.seed = seed
         self.transfer: TransferMode = options.transfer
 
+    @abstractmethod
     def pick(self, request: Request, instances: Sequence[InstanceFacts]) -> InstanceFacts:
         """Where the prompt runs, and the decode with it on a mixed instance."""
-        raise NotImplementedError
 
     def pick_decode(self, request: Request, instances: Sequence[InstanceFacts]) -> InstanceFacts:
         """Where the decode runs when the prompt runs on a prefill instance. By the same rule unless overridden."""

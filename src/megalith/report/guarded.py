@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from megalith.base.errors import MachineError
 from megalith.base.units import format_bytes
+
+
+class WholeFile(ABC):
+    """A writer whose file appears when it is closed. The end of a with block closes it, a failed one discards it."""
+
+    @abstractmethod
+    def close(self) -> object:
+        """Complete the file and put it in its place."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Give up and leave no file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
 
 
 @contextmanager

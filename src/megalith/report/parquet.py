@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalith.base.errors import ConfigError, MachineError
-from megalith.report.guarded import guarded
+from megalith.report.guarded import WholeFile, guarded
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -59,7 +58,7 @@ def check_parquet_path(path: Path) -> None:
     del duckdb
 
 
-class ParquetWriter:
+class ParquetWriter(WholeFile):
     """Writes one file. Use as a context manager: the file appears at the end, and not at all after an exception.
 
     `facts` are stored in the file's metadata as text. Raises as `check_parquet_path` does, and MachineError when the
@@ -115,17 +114,6 @@ class ParquetWriter:
         for leftover in (self._partial, self._database, self._database.with_name(self._database.name + ".wal")):
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self._spill, ignore_errors=True)
-
-    def __enter__(self) -> ParquetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
     def _guarded(self) -> AbstractContextManager[None]:
         import duckdb

@@ -16,13 +16,12 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import msgspec
 
 from megalith.base.errors import ConfigError
-from megalith.report.guarded import guarded
+from megalith.report.guarded import WholeFile, guarded
 
 MOST_EVENTS = 1_000_000
 """About 120 MB of JSON, 8 MB compressed: what the viewers still open."""
@@ -39,7 +38,7 @@ def check_trace_path(path: Path) -> None:
         raise ConfigError(f"There is no folder {path.parent}.", "Make it, or name another file.")
 
 
-class TraceWriter:
+class TraceWriter(WholeFile):
     """Writes one trace. Use as a context manager: the file appears at the end, and not at all after an exception.
 
     `facts` (nature, settings) stand in the file's `otherData`. All times are integer nanoseconds. MachineError when the
@@ -151,17 +150,6 @@ class TraceWriter:
             with suppress(OSError):
                 held.close()
             self._partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
     def _guarded(self) -> AbstractContextManager[None]:
         return guarded(self._path, lambda: f"{self.events:,} events", self.discard)

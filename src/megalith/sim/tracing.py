@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from megalith.cost.timer import PS_PER_NS, Line
+from megalith.report.guarded import WholeFile
 from megalith.report.trace_events import MOST_EVENTS, TraceWriter
 from megalith.sim.record import Ended
 from megalith.sim.series import InstanceSample
@@ -18,7 +18,7 @@ _CLUSTER = 0
 _STEPS = 1
 
 
-class RunTrace:
+class RunTrace(WholeFile):
     """Draws one run. Use as a context manager, or call `close` or `discard`.
 
     Process 0 is the cluster: requests, copies of KV, commands and faults. Process i + 1 is instance i.
@@ -107,14 +107,6 @@ class RunTrace:
     def discard(self) -> None:
         """Give up and leave no file."""
         self.writer.discard()
-
-    def __enter__(self) -> RunTrace:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.writer.__exit__(kind, error, trace)
 
     def _pid(self, instance: int) -> int:
         if instance not in self._known:

@@ -66,6 +66,7 @@ def test_nothing_to_draw_is_an_empty_picture(tmp_path: Path) -> None:
     plot_power(tmp_path / "c.png", CAPTION, [], {})
     plot_curves(tmp_path / "d.png", CAPTION, {})
     plot_knee(tmp_path / "e.png", CAPTION, "ratio", {"none": {}})
+    assert [path.read_bytes()[:4] for path in sorted(tmp_path.iterdir())] == 5 * [b"\x89PNG"]
 
 
 def test_the_knee_is_the_largest_median() -> None:

@@ -155,6 +155,7 @@ def test_polca_brakes_less_than_one_threshold_and_that_less_than_none() -> None:
         assert result.power is not None
         brakes[name] = result.power.brakes
     assert brakes["polca"] < brakes["single-threshold"] < brakes["no-cap"]
+    assert brakes == {"polca": 0, "single-threshold": 3, "no-cap": 6}, "docs/systems.md says so"
 
 
 @pytest.mark.parametrize("router", ["splitwise", "least-tokens", "shortest-queue"])

@@ -148,11 +148,23 @@ def test_what_can_never_fit_does_not_wait() -> None:
     assert cluster.jobs[1].moves == [("kept", 0, 0)]
 
 
-def test_two_sides_that_wait_for_each_other_get_on() -> None:
+def test_two_sides_that_hand_to_each_other_get_on() -> None:
     cluster = SmallCluster([9, 9], handoff=HandoffSpec(max_wait_s=1e-5))
     for number in range(4):
         handed(cluster, number, prompt=16, output=12, mode="push", ends=(number % 2, 1 - number % 2))
     run(cluster)
+    assert [cluster.jobs[number].moves for number in range(4)] == 2 * [[("handoff", 0, 1)], [("handoff", 1, 0)]]
+    assert cluster.handoffs.counters.waited == 1
+
+
+def test_two_sides_that_wait_for_each_other_get_on() -> None:
+    """Each holds 7 of its 9 blocks and wants 7 of the other: nobody can move, so after the wait both stay."""
+    cluster = SmallCluster([9, 9], handoff=HandoffSpec(max_wait_s=1e-5))
+    for number in range(2):
+        handed(cluster, number, prompt=28, output=4, mode="push", ends=(number % 2, 1 - number % 2))
+    run(cluster)
+    assert [cluster.jobs[number].moves for number in range(2)] == [[("kept", 0, 0)], [("kept", 1, 1)]]
+    assert cluster.handoffs.counters.waited == 2
 
 
 def test_pull_fetches_only_while_little_is_on_its_way() -> None:

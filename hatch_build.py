@@ -1,36 +1,23 @@
-"""Build hook: compile the native CPU backend while the package is installed or its wheel is made.
+"""Build hook: compile what is compiled in Megalith while the package is installed or its wheel is made.
 
-It takes seconds and never fails an installation: without a C compiler it says what is lost, and Megalith compiles on
-first use should a compiler turn up later.
+That is the native CPU backend (seconds) and the simulator's inner modules (a minute). It never fails an installation:
+without a C compiler it says what is lost, and everything runs, slower.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NATIVE = Path("src/megalith/engine/native")
+SOURCES = "src"
 
 
-def _load_builder(root: Path) -> ModuleType:
-    """The build module, by path: importing it as part of Megalith would need Megalith's dependencies."""
-    spec = importlib.util.spec_from_file_location("megalith_native_build", root / NATIVE / "build.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{NATIVE / 'build.py'} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-class NativeBuildHook(BuildHookInterface[Any]):
-    """Puts the library beside its sources and, for a wheel, into it."""
+class CompileHook(BuildHookInterface[Any]):
+    """Puts what it builds beside the sources and, for a wheel, into it."""
 
     PLUGIN_NAME = "custom"
 
@@ -38,17 +25,40 @@ class NativeBuildHook(BuildHookInterface[Any]):
         """Called before the wheel is put together; `version` is "standard" or "editable"."""
         if self.target_name != "wheel":
             return
-        try:
-            root = Path(self.root)
-            library: Path = _load_builder(root).build(root / NATIVE)
-        except Exception as error:
-            self.app.display_warning(f"The native CPU backend was not built: {error}")
-            self.app.display_warning(
-                "The torch path serves instead, slower. With a C compiler it is built on first use."
-            )
+        root = Path(self.root)
+        sys.path.insert(0, str(root / SOURCES))
+        library, core = self._native(), self._core()
+        if version == "editable" or (library is None and core is None):
             return
-        if version != "editable":
-            build_data["artifacts"].append(str(NATIVE / library.name))
-            build_data["pure_python"] = False
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-            build_data["tag"] = f"py3-none-{platform}"
+        made = [
+            *([library] if library else []),
+            *([file for file in core.rglob("*") if file.is_file()] if core else []),
+        ]
+        build_data["artifacts"].extend(str(file.relative_to(root)) for file in made)
+        build_data["pure_python"] = False
+        # The backend is loaded through ctypes by any Python, the modules by the one that they were compiled for.
+        python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"{python}-{python}-{platform}" if core else f"py3-none-{platform}"
+
+    def _native(self) -> Path | None:
+        try:
+            from megalith.engine.native import build
+
+            return build.build(build.HERE)
+        except Exception as error:
+            self._lost("The native CPU backend", "The torch path serves instead, slower.", error)
+            return None
+
+    def _core(self) -> Path | None:
+        try:
+            from megalith.base import compile as core
+
+            return core.build()
+        except Exception as error:
+            self._lost("The simulator's inner modules", "They run as plain Python, slower.", error)
+            return None
+
+    def _lost(self, what: str, instead: str, error: Exception) -> None:
+        self.app.display_warning(f"{what} could not be compiled: {error}")
+        self.app.display_warning(instead)

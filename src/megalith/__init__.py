@@ -4,3 +4,7 @@ Importing this package is cheap on purpose (no torch, no server): the verbs load
 """
 
 __version__ = "0.1.0"
+
+from megalith.base import compiled
+
+compiled.install()

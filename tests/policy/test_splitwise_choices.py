@@ -16,7 +16,8 @@ import pytest
 from megalith.policy.cluster import Role, Route
 from megalith.policy.facts import Request
 from megalith.policy.pools import SplitwiseOptions, SplitwisePools
-from megalith.policy.routing import LeastTokens, RouterOptions
+from megalith.policy.router_options import RouterOptions
+from megalith.policy.routing import LeastTokens
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "splitwise-sim"
 CAPACITY_TOKENS = 10**6

@@ -26,8 +26,9 @@ from megalith.specs.arrivals import (
     arrival_times,
 )
 from megalith.specs.lengths import FixedLength, LognormalLength, UniformLength, parse_lengths
+from megalith.specs.replay import told_max_new_tokens
 from megalith.specs.shape import RequestShape, prefix_hashes
-from megalith.specs.workload import TraceSource, WorkloadSpec, open_workload, read_trace, told_max_new_tokens
+from megalith.specs.workload import TraceSource, WorkloadSpec, open_workload, read_trace
 
 EIGHT = FixedLength(tokens=8)
 

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.base.errors import ConfigError
-from megalith.specs.trace import KNOWN, TraceColumns, TraceRow, read_rows
+from megalith.specs.trace import KNOWN, TraceColumns
+from megalith.specs.trace_file import read_rows
+from megalith.specs.trace_rows import TraceRow
 from megalith.specs.trace_values import clock, parse_ids
 from megalith.specs.workload import TraceSource, WorkloadSpec, open_workload, read_trace
 from megalith.specs.workload_text import parse_workload

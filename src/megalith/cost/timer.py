@@ -7,9 +7,9 @@ agree to the last digit. Everything outside an instance is integer nanoseconds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
-PS_PER_NS = 1_000
+PS_PER_NS: Final = 1_000
 
 
 class Prompt(NamedTuple):

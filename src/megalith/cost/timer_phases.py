@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from megalith.base.errors import ConfigError
 from megalith.cost.timer import Line, StepTimer
 
-NO_END = 1 << 60
+NO_END: Final = 1 << 60
 """`Line.steps` of a line that holds for ever."""
 
-quick_line: Callable[[tuple[int, int, int]], Line] = partial(tuple.__new__, Line)
+quick_line: Final[Callable[[tuple[int, int, int]], Line]] = partial(tuple.__new__, Line)
 """`Line(*fields)` without the Python call that a NamedTuple's constructor is: it is made a million times."""
 
 MEMORY_CLOCK_SHARE = 0.15

@@ -24,7 +24,7 @@ from megalith.policy.cluster import (
     Scale,
     View,
 )
-from megalith.policy.routing import require
+from megalith.policy.router_options import require
 
 
 class ScalingOptions(Config):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from megalith.base.config import Config
 from megalith.base.units import NS_PER_S
 from megalith.policy.cluster import Command, Event, SetClock, View
-from megalith.policy.routing import require
+from megalith.policy.router_options import require
 
 _MAX_MHZ = 1410
 

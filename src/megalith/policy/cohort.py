@@ -19,12 +19,13 @@ from bisect import bisect_right, insort
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from operator import attrgetter
+from typing import Final
 
 from megalith.policy.facts import Chunk
 from megalith.policy.kv import IntegrityError, KvAccount
 from megalith.policy.sequence import Sequence
 
-_rank = attrgetter("rank")
+_rank: Final = attrgetter("rank")
 
 
 class Cohort:

@@ -5,13 +5,15 @@ Knows the roster, one step shape and the limits; does not know how long the step
 
 from __future__ import annotations
 
+from typing import Final
+
 from megalith.policy.batching import Admission, StepShape
 from megalith.policy.facts import Chunk, Preempt, PreemptMode, Resume, quick_chunk
 from megalith.policy.kv import Short
 from megalith.policy.roster import Roster
 from megalith.policy.sequence import RUNNING, WAITING, Rank, Sequence
 
-_NONE = Admission.NONE
+_NONE: Final = Admission.NONE
 
 
 class Draft:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
     samples: bool
 
 
-quick_chunk: Callable[[tuple[RequestId, int, int, bool]], Chunk] = partial(tuple.__new__, Chunk)
+quick_chunk: Final[Callable[[tuple[RequestId, int, int, bool]], Chunk]] = partial(tuple.__new__, Chunk)
 """`Chunk(*fields)` without the Python call that a NamedTuple's constructor is."""
 
 
@@ -68,7 +68,7 @@ class Resume(NamedTuple):
     device_blocks: tuple[BlockId, ...]
 
 
-class StepPlan(msgspec.Struct, eq=False, gc=False):
+class StepPlan:
     """What one instance does in its next step, and for how long that stays the right thing to do.
 
     Order of execution: every Preempt copy, then every Resume copy, then the forward pass over `chunks`: first the
@@ -80,17 +80,29 @@ class StepPlan(msgspec.Struct, eq=False, gc=False):
     that the KV cache would run out. The engine uses it to skip scheduling, the simulator to leap.
     """
 
-    listed: tuple[Chunk, ...] = ()
-    decodes: int = 0
-    decode_context_sum: int = 0
-    """Tokens that the decodes have in the KV cache before the step, together."""
-    decoding: Callable[[], list[Chunk]] | None = None
-    """Makes the chunks of the decodes, until the plan is completed: the decodes then move on."""
-    repeats: int = 0
-    preempts: tuple[Preempt, ...] = ()
-    resumes: tuple[Resume, ...] = ()
-    made: tuple[Chunk, ...] | None = None
-    """What `chunks` answered."""
+    __slots__ = ("decode_context_sum", "decodes", "decoding", "listed", "made", "preempts", "repeats", "resumes")
+
+    def __init__(
+        self,
+        listed: tuple[Chunk, ...] = (),
+        decodes: int = 0,
+        decode_context_sum: int = 0,
+        decoding: Callable[[], list[Chunk]] | None = None,
+        repeats: int = 0,
+        preempts: tuple[Preempt, ...] = (),
+        resumes: tuple[Resume, ...] = (),
+    ) -> None:
+        self.listed = listed
+        self.decodes = decodes
+        self.decode_context_sum = decode_context_sum
+        """Tokens that the decodes have in the KV cache before the step, together."""
+        self.decoding = decoding
+        """Makes the chunks of the decodes, until the plan is completed: the decodes then move on."""
+        self.repeats = repeats
+        self.preempts = preempts
+        self.resumes = resumes
+        self.made: tuple[Chunk, ...] | None = None
+        """What `chunks` answered."""
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -116,5 +128,3 @@ class StepPlan(msgspec.Struct, eq=False, gc=False):
             return NotImplemented
         mine = (self.chunks, self.preempts, self.resumes, self.repeats)
         return mine == (other.chunks, other.preempts, other.resumes, other.repeats)
-
-    __hash__ = None  # type: ignore[assignment]

@@ -31,7 +31,8 @@ from megalith.policy.cluster import (
     View,
 )
 from megalith.policy.facts import Request, RequestId
-from megalith.policy.routing import RouterOptions, RuleRouter, require
+from megalith.policy.router_options import RouterOptions, require
+from megalith.policy.routing import RuleRouter
 
 
 def priority_headroom(instance: InstanceFacts, target_tokens: int | None) -> float:

@@ -32,25 +32,26 @@ from collections import Counter, OrderedDict
 from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from megalith.base.errors import ConfigError
 from megalith.policy.facts import BlockId, RequestId
 
 
-class IntegrityError(RuntimeError):
+class IntegrityError(Exception):
     """The books do not add up: a bug of ours, never the user's doing."""
 
 
-class BlockTable(msgspec.Struct, eq=False, gc=False):
+class BlockTable:
     """The device blocks of one request; token p lives in blocks[p // block_tokens]. Only KvAccount changes it."""
 
-    blocks: list[BlockId]
-    """Those that have an id by now, in position order."""
-    sealed: int
-    """Leading blocks whose content is final and whose hash is known to the account."""
-    held: int
-    """Blocks of the request, with and without an id."""
+    __slots__ = ("blocks", "held", "sealed")
+
+    def __init__(self, blocks: list[BlockId], sealed: int, held: int) -> None:
+        self.blocks = blocks
+        """Those that have an id by now, in position order."""
+        self.sealed = sealed
+        """Leading blocks whose content is final and whose hash is known to the account."""
+        self.held = held
+        """Blocks of the request, with and without an id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ Knows numbers; must not know how they come about.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from megalith.base.config import Config
 from megalith.policy.facts import PreemptMode
 
-MANY = 1 << 60
+MANY: Final = 1 << 60
 """More repeats than any plan has."""
 
 

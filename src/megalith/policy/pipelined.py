@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Final
 
 from megalith.base.errors import ConfigError
 from megalith.policy.batching import BatchFacts, BatchPolicy, StepShape
@@ -25,7 +26,7 @@ from megalith.policy.roster import Roster
 from megalith.policy.scheduler import Limits, Scheduler
 from megalith.policy.sequence import Sequence
 
-_rank = attrgetter("rank")
+_rank: Final = attrgetter("rank")
 
 
 class Flight:
@@ -139,8 +140,6 @@ class PipelinedDraft(Draft):
 class PipelinedScheduler(Scheduler):
     """See the module. With one stage it decides as Scheduler does, but never repeats a plan."""
 
-    _roster: PipelinedRoster
-
     def __init__(
         self, policy: BatchPolicy, kv: KvAccount, limits: Limits, stages: int, max_rows: int | None = None
     ) -> None:
@@ -150,12 +149,12 @@ class PipelinedScheduler(Scheduler):
             raise ConfigError(f"A pipeline of {stages} stages with {max_rows} rows a step cannot run.")
         self.stages = stages
         self.max_rows = max(1, limits.max_sequences // stages) if max_rows is None else max_rows
-        self._roster = PipelinedRoster(kv)
+        self._roster = self._flying = PipelinedRoster(kv)
         self._cohort = self._roster.cohort
 
     def plan(self, most_repeats: int = 0) -> StepPlan:  # noqa: ARG002
         """One more step; an empty one when all stages have one, or when nobody who is idle can run now."""
-        roster = self._roster
+        roster = self._flying
         if len(roster.flights) >= self.stages:
             return StepPlan()
         shape = self._shape or self.policy.shape(BatchFacts(roster.num_running, len(roster.queue)))
@@ -192,7 +191,7 @@ class PipelinedScheduler(Scheduler):
         flight = self._flight(plan)
         if steps != 1 or under_way:
             raise ValueError("a plan of a pipeline runs once")
-        roster = self._roster
+        roster = self._flying
         plan.decoding = None
         if plan.decodes and not flight.cohort.advance(1):
             raise IntegrityError("a step took more blocks than there are")
@@ -207,12 +206,12 @@ class PipelinedScheduler(Scheduler):
 
     def running(self) -> list[Sequence]:
         """See Scheduler."""
-        for flight in self._roster.flights:
+        for flight in self._flying.flights:
             flight.cohort.settle_all()
         return super().running()
 
     def _flight(self, plan: StepPlan) -> Flight:
-        for flight in self._roster.flights:
+        for flight in self._flying.flights:
             if flight.plan is plan:
                 return flight
         raise ValueError("not a plan that is under way")

@@ -27,7 +27,8 @@ from megalith.policy.cluster import (
 )
 from megalith.policy.facts import Request, RequestId
 from megalith.policy.lengths import OutputLengths
-from megalith.policy.routing import RouterOptions, later, queued_tokens, require
+from megalith.policy.router_options import RouterOptions, require
+from megalith.policy.routing import later, queued_tokens
 
 _PENDING: Callable[[InstanceFacts], int] = attrgetter("pending_tokens")
 _PROMISED: Callable[[InstanceFacts], int] = attrgetter("promised_tokens")

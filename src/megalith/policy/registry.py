@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import autoscale, capping, freeness, pools, routing
+from megalith.policy import autoscale, capping, freeness, pools, router_options, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -51,38 +51,38 @@ class Description(NamedTuple):
 
 
 ROUTERS: dict[str, Entry[Router]] = {
-    "round-robin": Entry(routing.RoundRobin, routing.RouterOptions, "one after the other", "-"),
-    "random": Entry(routing.RandomChoice, routing.RouterOptions, "any, with equal chances", "-"),
+    "round-robin": Entry(routing.RoundRobin, router_options.RouterOptions, "one after the other", "-"),
+    "random": Entry(routing.RandomChoice, router_options.RouterOptions, "any, with equal chances", "-"),
     "least-outstanding": Entry(
-        routing.LeastOutstanding, routing.RouterOptions, "fewest unfinished requests", "jsq of splitwise-sim"
+        routing.LeastOutstanding, router_options.RouterOptions, "fewest unfinished requests", "jsq of splitwise-sim"
     ),
     "least-tokens": Entry(
         routing.LeastTokens,
-        routing.RouterOptions,
+        router_options.RouterOptions,
         "fewest waiting prompt tokens plus unfinished requests",
         "token_jsq of splitwise-sim",
     ),
     "power-of-two": Entry(
-        routing.TwoChoices, routing.TwoChoicesOptions, "the less loaded of two drawn ones", "Mitzenmacher 2001"
+        routing.TwoChoices, router_options.TwoChoicesOptions, "the less loaded of two drawn ones", "Mitzenmacher 2001"
     ),
     "least-kv": Entry(
-        routing.LeastKv, routing.RouterOptions, "most free blocks after those that wait have come in", "-"
+        routing.LeastKv, router_options.RouterOptions, "most free blocks after those that wait have come in", "-"
     ),
     "prefix-aware": Entry(
         routing.PrefixAware,
-        routing.PrefixAwareOptions,
+        router_options.PrefixAwareOptions,
         "least of weight * prompt blocks to compute + blocks in use",
         "KV router of NVIDIA Dynamo",
     ),
     "prefix-threshold": Entry(
         routing.PrefixThreshold,
-        routing.PrefixThresholdOptions,
+        router_options.PrefixThresholdOptions,
         "longest cached prefix while loads are even, else fewest requests",
         "cache_aware of SGLang",
     ),
     "shortest-queue": Entry(
         routing.ShortestQueue,
-        routing.ShortestQueueOptions,
+        router_options.ShortestQueueOptions,
         "shortest prompt queue, decode where most memory is unpromised, KV fetched",
         "DistServe, OSDI 2024",
     ),

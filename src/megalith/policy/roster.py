@@ -8,13 +8,14 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Final
 
 from megalith.policy.cohort import Cohort
 from megalith.policy.facts import Preempt, PreemptMode, RequestId, Resume
 from megalith.policy.kv import BlockTable, IntegrityError, KvAccount, Short, SwappedIn, SwappedOut
 from megalith.policy.sequence import GONE, INCOMING, NO_BLOCKS, RUNNING, SWAPPED, WAITING, Phase, RankQueue, Sequence
 
-_rank = attrgetter("rank")
+_rank: Final = attrgetter("rank")
 
 
 @dataclass(slots=True)

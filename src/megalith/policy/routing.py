@@ -12,21 +12,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Literal
 
-from megalith.base.config import Config
+from mypy_extensions import mypyc_attr
+
 from megalith.base.random import splitmix64
 from megalith.base.units import NS_PER_S
 from megalith.policy.cluster import Defer, InstanceFacts, Placement, Reject, Route, TransferMode, View
 from megalith.policy.facts import Request
+from megalith.policy.router_options import (
+    PrefixAwareOptions,
+    PrefixThresholdOptions,
+    RouterOptions,
+    TwoChoicesOptions,
+)
 
 OUTSTANDING: Callable[[InstanceFacts], int] = attrgetter("outstanding")
-
-
-def require(condition: bool, message: str) -> None:
-    """For checks of options: what is wrong becomes part of the ConfigError that names the policy."""
-    if not condition:
-        raise ValueError(message)
 
 
 def queued_tokens(instance: InstanceFacts) -> int:
@@ -48,20 +48,7 @@ def unpromised_tokens(instance: InstanceFacts) -> int:
     return instance.kv_blocks * instance.block_tokens - instance.promised_tokens
 
 
-class RouterOptions(Config):
-    """What every router has."""
-
-    transfer: TransferMode = "push"
-    """How the KV gets from the prefill to the decode instance."""
-    retry_s: float = 0.1
-    """When no instance accepts: how long to wait before asking again."""
-    patience_s: float = 60.0
-    """When no instance has accepted for this long since the arrival: reject."""
-
-    def __post_init__(self) -> None:
-        require(self.retry_s > 0 and self.patience_s >= 0, "retry_s must be above 0 and patience_s at least 0")
-
-
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RuleRouter(ABC):
     """A router that is one rule: the subclass says which of the instances, of which there is at least one."""
 
@@ -168,12 +155,6 @@ class LeastTokens(RuleRouter):
         return min(instances, key=queued_tokens)
 
 
-class TwoChoicesOptions(RouterOptions):
-    """Which load the two are compared by."""
-
-    by: Literal["outstanding", "tokens"] = "outstanding"
-
-
 class TwoChoices(RuleRouter):
     """The better of two drawn from the seed (Mitzenmacher, IEEE TPDS 2001). O(1), and hard to fool with old facts."""
 
@@ -207,13 +188,6 @@ class LeastKv(RuleRouter):
     def pick(self, request: Request, instances: Sequence[InstanceFacts]) -> InstanceFacts:  # noqa: ARG002
         """Linear in the instances."""
         return max(instances, key=spare_blocks)
-
-
-class PrefixAwareOptions(RouterOptions):
-    """The exchange rate between what is not computed again and load."""
-
-    overlap_weight: float = 1.0
-    """Blocks in use that a block of prompt to compute is worth. 0 ignores the prefix; large values look at it alone."""
 
 
 class PrefixAware(RuleRouter):
@@ -250,17 +224,6 @@ class PrefixAware(RuleRouter):
         return min(instances, key=lambda instance: self.cost(request, instance, computes=False))
 
 
-class PrefixThresholdOptions(RouterOptions):
-    """When the prefix decides and when the load does."""
-
-    match: float = 0.3
-    """Share of the prompt that has to be cached for the prefix to decide."""
-    imbalance: int = 64
-    """Load decides once the most and the fewest outstanding requests differ by more than this,"""
-    imbalance_ratio: float = 1.5
-    """and by more than this factor."""
-
-
 class PrefixThreshold(RuleRouter):
     """The longest cached prefix while loads are even, else the fewest outstanding: SGLang's cache_aware policy.
 
@@ -285,12 +248,6 @@ class PrefixThreshold(RuleRouter):
             if longest > self._rule.match * request.prompt_tokens:
                 return instances[cached.index(longest)]
         return max(instances, key=spare_blocks)
-
-
-class ShortestQueueOptions(RouterOptions):
-    """As in DistServe, KV is fetched when the decode side has room, so that the prefill side is the burst buffer."""
-
-    transfer: TransferMode = "pull"
 
 
 class ShortestQueue(RuleRouter):

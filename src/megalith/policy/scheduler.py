@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
 from megalith.policy.batching import BatchFacts, BatchPolicy, StepShape
@@ -30,10 +30,10 @@ from megalith.policy.kv import IntegrityError, KvAccount, Short
 from megalith.policy.limits import MANY, Progress
 from megalith.policy.limits import Limits as Limits
 from megalith.policy.roster import Counters, Roster
-from megalith.policy.sequence import INCOMING, RUNNING, Sequence, sequence_of
+from megalith.policy.sequence import INCOMING, RUNNING, Sequence
 
-_rank = attrgetter("rank")
-_NO_ROWS: list[Sequence] = []
+_rank: Final = attrgetter("rank")
+_NO_ROWS: Final[list[Sequence]] = []
 
 
 class Scheduler:
@@ -91,7 +91,7 @@ class Scheduler:
                 f"{len(roster.queue)} requests wait already, and the limit is {self.limits.max_waiting}.",
                 "Try again shortly, or raise the limit.",
             )
-        roster.add(sequence_of(request, sampled))
+        roster.add(Sequence(request, sampled))
         self._changed = True
 
     def abort(self, request_id: RequestId) -> bool:
@@ -135,8 +135,8 @@ class Scheduler:
         opened = self.kv.open(request.id, max(1, known_tokens - 1), (), reserve)
         if isinstance(opened, Short):
             return False
-        sequence = sequence_of(request)
-        sequence.known_, sequence.table, sequence.phase = known_tokens, opened.table, INCOMING
+        sequence = Sequence(request, known_tokens - request.prompt_tokens)
+        sequence.table, sequence.phase = opened.table, INCOMING
         sequence.cached, sequence.hashes = 0, ()
         roster.sequences[request.id] = sequence
         roster.num_incoming += 1
@@ -367,14 +367,15 @@ class Scheduler:
     def _advance_listed(self, plan: StepPlan) -> None:
         """Count what the listed rows computed and sampled, and seal the blocks that they completed."""
         roster = self._roster
-        for row, chunk in zip(self._rows, plan.listed, strict=True):
+        rows = self._rows
+        for index, chunk in enumerate(plan.listed):
+            row = rows[index]
             if row.phase is not RUNNING:
                 continue  # aborted while the step ran
-            _, new_tokens, _, samples = chunk
-            row.base += new_tokens
+            row.base += chunk.new_tokens
             if row.hashes and row.table.sealed < len(row.hashes):
                 roster.seal_known(row)
-            if samples:
+            if chunk.samples:
                 row.known_ += 1
                 roster.sampled(row)
 

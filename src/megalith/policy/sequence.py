@@ -7,23 +7,19 @@ from collections import deque
 from collections.abc import Iterator
 from enum import Enum, auto
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import msgspec
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from megalith.policy.facts import Request
 from megalith.policy.kv import BlockTable
 
 if TYPE_CHECKING:
     from megalith.policy.cohort import Cohort
-else:
-    Cohort = Any
 
 Rank: TypeAlias = tuple[int, int, int]
 """(-priority, arrival, id): the smaller goes first, and nobody ties."""
 
-_rank = attrgetter("rank")
-NO_BLOCKS = BlockTable([], 0, 0)
+_rank: Final = attrgetter("rank")
+NO_BLOCKS: Final = BlockTable([], 0, 0)
 """Of all that hold none. Never changed: a sequence gets a table of its own when it comes onto the device."""
 
 
@@ -38,11 +34,15 @@ class Phase(Enum):
     GONE = auto()
 
 
-WAITING, SWAPPED, RUNNING, INCOMING, GONE = Phase
+WAITING: Final = Phase.WAITING
+SWAPPED: Final = Phase.SWAPPED
+RUNNING: Final = Phase.RUNNING
+INCOMING: Final = Phase.INCOMING
+GONE: Final = Phase.GONE
 """A global is read in a third of the time of a member of an Enum, and these are read several times a step."""
 
 
-class Sequence(msgspec.Struct, eq=False, gc=False):
+class Sequence:
     """The tokens of one request by count: `known` exist, the first `computed` of them are in the KV cache.
 
     Known tokens are the prompt and what was sampled so far; they stay known when the request is preempted. A running
@@ -50,22 +50,26 @@ class Sequence(msgspec.Struct, eq=False, gc=False):
     the cohort's clock, and `base` is its computed tokens less that clock.
     """
 
-    request: Request
-    rank: Rank
-    known_: int
-    """Known tokens while outside the cohort."""
-    end: int
-    """Known tokens when it has all of them."""
-    table: BlockTable
-    hashes: list[int] | tuple[int, ...] = ()
-    base: int = 0
-    """Computed tokens, less the clock of the cohort while inside it."""
-    cohort: Cohort | None = None
-    edge: int = 0
-    """In the cohort: the clock at which the next step needs a block more than the table has (see Cohort)."""
-    cached: int | None = None
-    """Tokens that the prefix cache had at the first admission; None before it."""
-    phase: Phase = WAITING
+    __slots__ = ("base", "cached", "cohort", "edge", "end", "hashes", "known_", "phase", "rank", "request", "table")
+
+    def __init__(self, request: Request, sampled: int = 0) -> None:
+        """A request that waits, with `sampled` tokens that exist already."""
+        self.request = request
+        self.rank: Rank = (-request.priority, request.arrival_ns, request.id)
+        self.known_ = request.prompt_tokens + sampled
+        """Known tokens while outside the cohort."""
+        self.end = request.prompt_tokens + request.max_new_tokens
+        """Known tokens when it has all of them."""
+        self.table = NO_BLOCKS
+        self.hashes: list[int] | tuple[int, ...] = request.prefix_hashes
+        self.base = 0
+        """Computed tokens, less the clock of the cohort while inside it."""
+        self.cohort: Cohort | None = None
+        self.edge = 0
+        """In the cohort: the clock at which the next step needs a block more than the table has (see Cohort)."""
+        self.cached: int | None = None
+        """Tokens that the prefix cache had at the first admission; None before it."""
+        self.phase = WAITING
 
     @property
     def computed(self) -> int:
@@ -82,14 +86,6 @@ class Sequence(msgspec.Struct, eq=False, gc=False):
         if isinstance(self.hashes, tuple):
             self.hashes = list(self.hashes)
         self.hashes.append(block_hash)
-
-
-def sequence_of(request: Request, sampled: int = 0) -> Sequence:
-    """A request that has just come, with `sampled` tokens that exist already."""
-    prompt = request.prompt_tokens
-    rank = (-request.priority, request.arrival_ns, request.id)
-    end = prompt + request.max_new_tokens
-    return Sequence(request, rank, prompt + sampled, end, NO_BLOCKS, request.prefix_hashes)
 
 
 class RankQueue:

@@ -7,7 +7,7 @@ and every decision into its hash.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from megalith.base.errors import MegalithError
 from megalith.policy.cluster import (
@@ -35,9 +35,9 @@ from megalith.sim.transfer import Handoffs
 from megalith.sim.view import ClusterView, Facts
 from megalith.specs.fleet import PoolSpec
 
-RETRY_NS = 1_000_000
+RETRY_NS: Final = 1_000_000
 """A request that was sent to an instance that is down asks again after this: the network says so after a while."""
-GIVE_UP_NS = 3_600_000_000_000
+GIVE_UP_NS: Final = 3_600_000_000_000
 """A request that has asked for this long is refused."""
 
 

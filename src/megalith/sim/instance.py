@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from heapq import heapify, heappop, heappush
 from math import isqrt
+from typing import Final
 
 from megalith.cost.timer import PS_PER_NS, Prompt, StepTimer
 from megalith.policy.cluster import InstanceFacts, InstanceId
@@ -23,7 +24,7 @@ from megalith.sim.kernel import STEP_END, Kernel
 from megalith.sim.live import NEVER, Live
 from megalith.sim.outlet import Outlet
 
-quick_prompt: Callable[[tuple[int, int, bool]], Prompt] = partial(tuple.__new__, Prompt)
+quick_prompt: Final[Callable[[tuple[int, int, bool]], Prompt]] = partial(tuple.__new__, Prompt)
 """`Prompt(*fields)` without the Python call that a NamedTuple's constructor is."""
 
 
@@ -224,8 +225,7 @@ class Instance:
             self._rest()
             return
         self._version = version = self._version + 1
-        kernel = self.kernel
-        kernel.push((-(-self._end_ps // PS_PER_NS), STEP_END + self.id, kernel.next_order(), self._end, version))
+        self.kernel.at(-(-self._end_ps // PS_PER_NS), self._end, version, STEP_END + self.id)
 
     def _begin_prompts(self, plan: StepPlan) -> None:
         """A step with prompt chunks, or one before which somebody stepped aside."""

@@ -9,20 +9,24 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable
-from functools import partial
 from hashlib import blake2b
 from heapq import heappop, heappush
-from itertools import count
-from typing import Any
+from typing import Any, Final
 
-ARRIVE, FIRST, FINISH, PREEMPT, COMMAND, MOVE = range(6)
+ARRIVE: Final = 0
+FIRST: Final = 1
+FINISH: Final = 2
+PREEMPT: Final = 3
+COMMAND: Final = 4
+MOVE: Final = 5
 """Kinds of entries in the log of decisions."""
 
-OUTSIDE, STEP_END = 0, 1
+OUTSIDE: Final = 0
+STEP_END: Final = 1
 """Priorities: what comes from outside an instance is seen by the plan that is formed in the same nanosecond. Steps of
 several instances that end in one are taken by instance (STEP_END + its id): a leap is scheduled earlier than a step."""
 
-_LOG_WORDS = 1 << 13
+_LOG_WORDS: Final = 1 << 13
 
 
 class Kernel:
@@ -35,9 +39,7 @@ class Kernel:
         self.events = 0
         """Events that were run, as of the last return of run()."""
         self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []
-        self.push = partial(heappush, self._heap)
-        """at() in fewer words, for one event a step: push((time_ns, priority, next_order(), call, argument))."""
-        self.next_order: Callable[[], int] = count().__next__
+        self._order = 0
         self._log: list[int] = []
         self._hash = blake2b(digest_size=16)
 
@@ -45,7 +47,8 @@ class Kernel:
         """Call `call(argument)` at `time_ns`, which must not be in the past."""
         if time_ns < self.now_ns:
             raise ValueError(f"{time_ns} ns is before now, {self.now_ns} ns")
-        self.push((time_ns, priority, self.next_order(), call, argument))
+        self._order = order = self._order + 1
+        heappush(self._heap, (time_ns, priority, order, call, argument))
 
     def run(self, most: int | None = None) -> bool:
         """Run events in order, at most `most` of them; True when some are left."""

@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 from numpy.typing import NDArray
 
 from megalith.policy.facts import Request
@@ -94,6 +95,7 @@ class Ended(Protocol):
     def outcome(self) -> str: ...  # noqa: D102
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Recorder:
     """Collects one run. Call `figures()` at the end; until then everything but the public methods may lag a batch."""
 

@@ -47,8 +47,9 @@ from megalith.sim.transfer import HandoffCounters, Handoffs
 from megalith.specs.arrivals import ClosedLoop
 from megalith.specs.fleet import PoolSpec
 from megalith.specs.model import ModelSpec
+from megalith.specs.replay import told_max_new_tokens
 from megalith.specs.shape import RequestShape, prefix_hashes
-from megalith.specs.workload import open_workload, told_max_new_tokens
+from megalith.specs.workload import open_workload
 
 EVENTS_A_SLICE = 20_000
 """Events between two calls of `progress`."""

@@ -14,14 +14,16 @@ from megalith.policy.facts import Request
 from megalith.sim.instance import Instance
 from megalith.specs.fleet import PoolSpec
 
+_FIELDS = (
+    "_instance", "accepting", "block_tokens", "clock", "device", "headroom_blocks", "home", "id", "kv_blocks",
+    "outstanding", "pending_tokens", "pool", "promised_tokens", "role",
+)  # fmt: skip
+
 
 class Facts:
     """InstanceFacts of one simulated instance, exact now."""
 
-    __slots__ = (
-        "_instance", "accepting", "block_tokens", "clock", "device", "headroom_blocks", "home", "id", "kv_blocks",
-        "outstanding", "pending_tokens", "pool", "promised_tokens", "role",
-    )  # fmt: skip
+    __slots__ = _FIELDS
 
     def __init__(self, instance: Instance, pool: PoolSpec) -> None:
         self._instance = instance
@@ -94,7 +96,7 @@ class OldFacts(Facts):
     __slots__ = ("_values",)
 
     def __init__(self, live: Facts) -> None:
-        for name in Facts.__slots__:
+        for name in _FIELDS:
             setattr(self, name, getattr(live, name))
         self._values = (live.running(), live.waiting(), live.waiting_blocks(), live.head_blocks(), live.free_blocks(),
                         live.preempted(), tuple(live.requests()))  # fmt: skip

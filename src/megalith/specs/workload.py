@@ -2,7 +2,7 @@
 
 Requests are a pure function of (spec, seed): recorded, resampled from a recording, or drawn from distributions. Knows
 nothing of who serves them. The true length of an answer is in each shape, for whoever plays the model; what a
-scheduler may be told of it is `told_max_new_tokens`.
+scheduler may be told of it is `replay.told_max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ import numpy as np
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
-from megalith.base.random import splitmix64, uniform
+from megalith.base.random import splitmix64
 from megalith.base.units import NS_PER_S
 from megalith.specs import draws
-from megalith.specs.arrivals import Arrivals, ClosedLoop, arrival_times
+from megalith.specs.arrivals import Arrivals, ClosedLoop
 from megalith.specs.conversations import Conversations, Sessions
 from megalith.specs.draws import Ints
 from megalith.specs.lengths import Lengths, draw_lengths
+from megalith.specs.replay import PRIORITY, due_times, most_output, replayed, windowed
 from megalith.specs.shape import PREFIX_BLOCK_TOKENS, RequestShape
-from megalith.specs.trace import TraceColumns, TraceFormat, read_rows
+from megalith.specs.trace import TraceColumns, TraceFormat
 
-_INPUT, _OUTPUT, _ARRIVAL, _PRIORITY = 1, 2, 3, 6
-"""Numbers of the random streams under a seed; the load generator's texts use 4 and 5, conversations 7 to 9."""
+_INPUT, _OUTPUT = 1, 2
+"""Numbers of the random streams under a seed; due times and priorities use 3 and 6 (replay.py), the load generator's
+texts 4 and 5, conversations 7 to 9."""
 _CHUNK = 2048
 _MAX_MISSES = 1_000_000
 _LONGER = "Raise duration_s or the rate."
@@ -144,14 +146,6 @@ def _check_numbers(spec: WorkloadSpec) -> None:
             raise ConfigError(f"The window from {start_s:g} s to {end_s} s is empty.", "Give a start below the end.")
 
 
-def told_max_new_tokens(spec: WorkloadSpec, shape: RequestShape, context_tokens: int) -> int:
-    """What a scheduler may be told of the length of an answer, at least 1."""
-    left = max(1, context_tokens - shape.input_tokens)
-    if spec.max_new == "context":
-        return left
-    return min(left, shape.output_tokens if spec.max_new == "true" else spec.max_new)
-
-
 def open_workload(spec: WorkloadSpec, seed: int = 0) -> Iterator[RequestShape]:
     """The requests, in the order of arrival; `at_ns` is None in a closed loop. The same for (spec, seed) everywhere.
 
@@ -163,76 +157,13 @@ def open_workload(spec: WorkloadSpec, seed: int = 0) -> Iterator[RequestShape]:
         assert spec.output is not None
         return _drawn(spec, seed, _length_pairs(spec.input, spec.output, seed))
     if spec.trace.resample == "none":
-        return _replayed(spec, spec.trace, seed)
+        return replayed(spec, spec.trace, seed)
     return _drawn(spec, seed, _trace_pairs(spec.trace, seed))
 
 
 def read_trace(path: Path, speedup: float = 1.0) -> Iterator[RequestShape]:
     """Requests of a recorded trace of a known format, due as recorded (the first at zero), `speedup` times faster."""
     return open_workload(WorkloadSpec(trace=TraceSource(path=str(path)), speedup=speedup))
-
-
-def _windowed(source: TraceSource) -> Iterator[tuple[int, int, int, tuple[int, ...], int]]:
-    """(ns since the start of the window, prompt, answer, prefix ids, priority) of the rows inside it."""
-    start_ns = round(source.start_s * NS_PER_S)
-    end_ns = None if source.end_s is None else round(source.end_s * NS_PER_S)
-    zero_ns: int | None = None
-    for _, at_ns, prompt, answer, ids, priority in read_rows(Path(source.path), source.columns, source.format):
-        if zero_ns is None:
-            zero_ns = at_ns
-        since_ns = at_ns - zero_ns
-        if end_ns is not None and since_ns >= end_ns:
-            return
-        if since_ns >= start_ns:
-            yield since_ns - start_ns, prompt, answer, ids, priority
-
-
-def _replayed(spec: WorkloadSpec, source: TraceSource, seed: int) -> Iterator[RequestShape]:
-    """Requests as recorded; only their times may be drawn."""
-    times = _times(spec, seed)
-    end_ns = None if spec.duration_s is None else round(spec.duration_s * NS_PER_S)
-    most_input, most_output = spec.max_input_tokens or 10**18, _most_output(spec)
-    most_total, share, speedup = spec.max_total_tokens or 10**18, spec.priority_share, spec.speedup
-    priority_seed = splitmix64(seed, _PRIORITY)
-    index, seen = 0, 0
-    for recorded_ns, prompt, answer, ids, priority in _windowed(source):
-        seen += 1
-        if prompt + answer > most_total:
-            continue
-        at_ns = recorded_ns if times is None else next(times)
-        if at_ns is not None:
-            if speedup != 1:
-                at_ns = round(at_ns / speedup)
-            if end_ns is not None and at_ns >= end_ns:
-                break
-        if share and uniform(priority_seed, index) < share:
-            priority = 1
-        if prompt > most_input:
-            prompt = most_input
-        if answer > most_output:
-            answer = most_output
-        yield RequestShape(index, at_ns, prompt, answer, ids, priority)
-        index += 1
-        if index == spec.requests:
-            break
-    if not index:
-        what = f"Nothing is left of the trace {source.path}: {seen} requests in its window, none within the limits."
-        raise ConfigError(what, "Widen the window, or raise max_total_tokens or duration_s.")
-
-
-def _times(spec: WorkloadSpec, seed: int) -> Iterator[int | None] | None:
-    """Drawn due times before `speedup`; None where they are as recorded."""
-    if spec.arrivals is None:
-        return None
-    if isinstance(spec.arrivals, ClosedLoop):
-        return repeat(None)
-    return iter(arrival_times(spec.arrivals, splitmix64(seed, _ARRIVAL)))
-
-
-def _most_output(spec: WorkloadSpec) -> int:
-    """A scheduler that is told a number stops the answer there."""
-    told = spec.max_new if isinstance(spec.max_new, int) else 10**18
-    return min(told, spec.max_output_tokens or 10**18)
 
 
 def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape]:
@@ -251,7 +182,7 @@ def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape
                 what = f"None of {first:,} drawn requests has at most {spec.max_total_tokens} tokens in all."
                 raise ConfigError(what, "Raise max_total_tokens, or draw shorter lengths.")
         prompts = np.minimum(inputs, spec.max_input_tokens or 10**18).tolist()
-        answers = np.minimum(outputs, _most_output(spec)).tolist()
+        answers = np.minimum(outputs, most_output(spec)).tolist()
         at_ns, priorities = times.next(len(prompts)), _priorities(spec, seed, index, len(prompts))
         ids = sessions.prefix_ids(index, at_ns, prompts, answers) if sessions else repeat(())
         # Where the times end, so does the workload.
@@ -267,7 +198,7 @@ def _drawn(spec: WorkloadSpec, seed: int, pairs: Pairs) -> Iterator[RequestShape
 def _priorities(spec: WorkloadSpec, seed: int, first: int, count: int) -> Iterator[int]:
     if not spec.priority_share:
         return repeat(0)
-    urgent = draws.shares(splitmix64(seed, _PRIORITY), first, count) < spec.priority_share
+    urgent = draws.shares(splitmix64(seed, PRIORITY), first, count) < spec.priority_share
     return iter(urgent.astype(np.int64).tolist())
 
 
@@ -275,10 +206,10 @@ class _Clock:
     """Due times for drawn requests, so many at a time, until the workload's end."""
 
     def __init__(self, spec: WorkloadSpec, seed: int) -> None:
-        times = _times(spec, seed)
+        times = due_times(spec, seed)
         if times is None:
             assert spec.trace is not None
-            times = (row[0] for row in _windowed(spec.trace))
+            times = (row[0] for row in windowed(spec.trace))
         self._times, self._speedup = times, spec.speedup
         self._end_ns = None if spec.duration_s is None else round(spec.duration_s * NS_PER_S)
         self.ended = False
@@ -307,7 +238,7 @@ def _length_pairs(inputs: Lengths, outputs: Lengths, seed: int) -> Pairs:
 def _trace_pairs(source: TraceSource, seed: int) -> Pairs:
     """Lengths drawn with replacement from those of a trace, as pairs or each on their own."""
     found: tuple[array[int], array[int]] = (array("q"), array("q"))
-    for _, prompt, answer, _, _ in _windowed(source):
+    for _, prompt, answer, _, _ in windowed(source):
         found[0].append(prompt)
         found[1].append(answer)
     rows = len(found[0])

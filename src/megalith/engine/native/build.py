@@ -1,26 +1,24 @@
 """Compile the C library with this machine's compiler, once, into a file named after its sources and flags.
 
-Standard library only and no import of ours: the build hook of the package loads this file by its path, before Megalith
-is installed. Knows compilers and files; knows nothing about models.
+Imports the standard library and floor 0 only: the build hook of the package runs it before what Megalith depends on is
+installed. Knows compilers and files; knows nothing about models.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from megalith.base.home import home_dir
+from megalith.base.toolchain import BuildFailed, find_compiler, locked, require_compiler, run
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "c"
@@ -29,8 +27,8 @@ _COMMON_FILES = ("pool", "pack", "model", "check", "step", "isa", "single")
 _FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra",
 )  # fmt: skip
-_COMPILE_S, _LOCK_S = 120.0, 300.0
-"""Deadlines of one compiler run, and of waiting for another process that is building the same library."""
+_COMPILE_S = 120.0
+"""Deadline of one compiler run."""
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     # No -march of one processor: its list may hold instructions that others with AVX-512 VNNI lack.
@@ -40,10 +38,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "emulated": ("-mavx2", "-mfma", "-mf16c", "-DMEGALITH_EMULATE_AVX512", "-O1"),
 }
 """Instruction set: flags. `emulated` is the AVX-512 code with its dot products done lane by lane, for tests."""
-
-
-class BuildFailed(Exception):
-    """The library could not be built; the message says why, with the compiler's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +53,6 @@ class BuildStatus:
     lost: str = ""
     """What is worse for it, in a sentence; empty when nothing is."""
     problems: tuple[str, ...] = field(default=())
-
-
-def find_compiler() -> list[str] | None:
-    """The command of the C compiler: $CC, else cc, gcc or clang; None if there is none."""
-    asked = os.environ.get("CC")
-    for candidate in [asked] if asked else ["cc", "gcc", "clang"]:
-        command = shlex.split(candidate)
-        if command and shutil.which(command[0]) is not None:
-            return command
-    return None
 
 
 def default_variants() -> tuple[str, ...]:
@@ -88,10 +72,8 @@ def library_name(variants: Sequence[str]) -> str:
 
 
 def home_folder() -> Path:
-    """Where the library goes when the package folder cannot be written: `native` under the home of base/home.py."""
-    explicit = os.environ.get("MEGALITH_HOME")
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return (Path(explicit) if explicit else Path(data) / "megalith").expanduser() / "native"
+    """Where the library goes when the package folder cannot be written."""
+    return home_dir() / "native"
 
 
 def find_library() -> Path | None:
@@ -120,11 +102,9 @@ def build(folder: Path, variants: Sequence[str] | None = None) -> Path:
     target = folder / library_name(variants)
     if target.is_file():
         return target
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildFailed(f"no C compiler: {os.environ.get('CC') or 'none of cc, gcc and clang'} is not installed")
+    compiler = require_compiler()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".native.lock"), tempfile.TemporaryDirectory(prefix=".native-", dir=folder) as scratch:
+    with locked(folder / ".native.lock"), tempfile.TemporaryDirectory(prefix=".native-", dir=folder) as scratch:
         if not target.is_file():
             made = _compile_and_link(compiler, Path(scratch), variants)
             os.replace(made, target)
@@ -162,22 +142,6 @@ def _isas(library: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(handle.native_isas(0).decode().split(",")), tuple(handle.native_isas(1).decode().split(","))
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; wait for at most _LOCK_S."""
-    deadline = time.monotonic() + _LOCK_S
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BuildFailed(f"another process has held {path} for {_LOCK_S:.0f} s") from None
-                time.sleep(0.05)
-        yield
-
-
 def _remove_old(folder: Path, keep: Path) -> None:
     """Libraries of older sources. A process that has one loaded keeps it: its file stays until then."""
     for old in folder.glob("native-*.so"):
@@ -201,7 +165,7 @@ def _compile_and_link(compiler: list[str], scratch: Path, variants: tuple[str, .
         common = list(workers.map(lambda f: _compile(compiler, scratch, f, None, have), _COMMON_FILES))
     made = scratch / "library.so"
     files = [str(path) for paths in [*objects.values(), common] for path in paths]
-    _run([*compiler, "-shared", "-o", str(made), *files, "-lm", "-pthread"])
+    run([*compiler, "-shared", "-o", str(made), *files, "-lm", "-pthread"], _COMPILE_S)
     return made
 
 
@@ -210,14 +174,5 @@ def _compile(compiler: list[str], scratch: Path, file: str, variant: str | None,
     flags = [*_FLAGS, *have]
     if variant is not None:
         flags += [*VARIANTS[variant], f"-DMEGALITH_ISA={variant}"]
-    _run([*compiler, *flags, "-c", str(SOURCES / f"{file}.c"), "-o", str(made)])
+    run([*compiler, *flags, "-c", str(SOURCES / f"{file}.c"), "-o", str(made)], _COMPILE_S)
     return made
-
-
-def _run(command: list[str]) -> None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildFailed(f"{command[0]} did not finish: {error}") from None
-    if result.returncode != 0:
-        raise BuildFailed(f"{' '.join(command)} failed:\n{result.stderr.strip()[-2000:]}")

@@ -7,13 +7,16 @@ PORT   ?= 8000
 STAMP  := $(VENV)/.megalith-run
 DEV    := $(VENV)/.megalith-dev
 
-.PHONY: run test setup lint bench clean
+.PHONY: run test setup lint compiled bench clean
 
 run: $(STAMP)            ## set up, then serve $(MODEL) on http://127.0.0.1:$(PORT)/v1
 	$(BIN)/megalith serve $(MODEL) --port $(PORT)
 
-test: lint               ## set up, then check style, types, floors and run every test
+test: lint compiled      ## set up, then check style, types, floors and run every test
 	$(BIN)/python -m pytest
+
+compiled: $(DEV)         ## compile the simulator's inner modules again, if a source has changed
+	-$(BIN)/python -m megalith.base.compile
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -45,4 +48,4 @@ bench: $(DEV)
 	$(BIN)/megalith bench
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist src/megalith/compiled

@@ -27,7 +27,6 @@ HOME = PACKAGE / "compiled"
 MODULES = (
     "cost.timer_operators",
     "cost.timer_phases",
-    "engine.record",
     "policy.batching",
     "policy.cohort",
     "policy.draft",
@@ -56,6 +55,8 @@ MODULES = (
     "specs.trace_values",
 )
 """What a simulated request goes through, below `megalith`."""
+FLOORS = ("base", "cost", "policy", "report", "sim", "specs")
+"""All that they import from: constants and types of those are compiled in, so a change in any of them counts."""
 GROUP = "megalith_core"
 LIBRARY = f"{GROUP}__mypyc"
 """What the compiled modules share; they import it by this name."""
@@ -65,8 +66,9 @@ PURE = "MEGALITH_PURE_PYTHON"
 def folder() -> Path:
     """Where these modules lie once they are compiled: the name changes with every source, interpreter and machine."""
     digest = hashlib.sha256(repr((MODULES, sys.version, sysconfig.get_platform())).encode())
-    for name in MODULES:
-        digest.update(source(name).read_bytes())
+    for floor in FLOORS:
+        for path in sorted((PACKAGE / floor).glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return HOME / f"core-{digest.hexdigest()[:16]}"
 
 

@@ -162,6 +162,20 @@ def native() -> Iterable[Finding]:
         yield Finding("native", "ok", built)
 
 
+def simulator() -> Iterable[Finding]:
+    """The simulator's inner modules: compiled, or plain Python and why."""
+    from megalith.base import compiled
+
+    if compiled.active():
+        yield Finding("simulator", "ok", f"inner modules compiled ({compiled.folder().name})")
+    elif os.environ.get(compiled.PURE):
+        yield Finding("simulator", "warn", f"plain Python, at half the speed: {compiled.PURE} is set", "Unset it.")
+    else:
+        what = "plain Python, at half the speed: its inner modules were not compiled for these sources and this Python"
+        remedy = "With a C compiler, install Megalith again; in a checkout, `python -m megalith.base.compile`."
+        yield Finding("simulator", "warn", what, remedy)
+
+
 def torch() -> Iterable[Finding]:
     """Torch as installed, without importing it; CUDA as the driver tells."""
     version = _version("torch")

@@ -211,11 +211,17 @@ class Cohort:
 
     def _taken(self, clock: int, steps: int) -> int:
         """Blocks that the steps at the clocks clock + 1 to clock + steps take."""
-        size, edges = self._size, self._edges
+        size, members = self._size, self.members
+        span, taken = steps % size, steps // size * len(members)
         first = (clock + 1) % size
-        last = first + steps % size
-        taken = sum(edges[first:last]) if last <= size else sum(edges[first:]) + sum(edges[: last - size])
-        return taken + steps // size * len(self.members) if steps >= size else taken
+        if len(members) < span:
+            for member in members:
+                if (member.edge - first) % size < span:
+                    taken += 1
+        elif span:
+            edges, last = self._edges, first + span
+            taken += sum(edges[first:last]) if last <= size else sum(edges[first:]) + sum(edges[: last - size])
+        return taken
 
     def _is_live(self, entry: tuple[int, int, Sequence]) -> bool:
         member = entry[2]

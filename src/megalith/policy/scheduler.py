@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Final, NoReturn
 
+from mypy_extensions import mypyc_attr
+
 from megalith.base.errors import ConfigError, PromptTooLong, QueueFull
 from megalith.policy.batching import BatchFacts, BatchPolicy, StepShape
 from megalith.policy.cohort import Cohort
@@ -36,6 +38,7 @@ _rank: Final = attrgetter("rank")
 _NO_ROWS: Final[list[Sequence]] = []
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Scheduler:
     """One instance's scheduler. Not thread-safe. The same calls give the same answers.
 

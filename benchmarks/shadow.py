@@ -13,8 +13,8 @@ a virtual machine's speed wanders by itself; so calibration traces run beside ea
 turns of a quarter of a second, and say how fast the machine was at each moment. The profile is of all calibration steps
 together; the simulated device is slower or faster at a moment as the calibration steps around that moment were
 (`--speed run`: as those of the whole run were; `none`: always as in the profile).
-`--clock wall` waits in real time; a calibration run comes before each reported one. `--driver service` goes through
-the asyncio engine, as the server does (wall only).
+`--clock wall` is the same on the wall's time, for an idle machine. `--driver service` goes through the asyncio engine,
+as the server does, waits in real time (wall only), and has a calibration run before each reported one.
 """
 
 from __future__ import annotations

@@ -149,14 +149,13 @@ class LiveRun:
 
 
 class RunClock:
-    """The engine's clock: the processor time of this thread plus what idle time was jumped over, or the wall.
+    """The engine's clock: the processor time of this thread, or the wall's, plus what idle time was jumped over.
 
     It can be stopped: then it stands still until it is started again.
     """
 
     def __init__(self, kind: str) -> None:
         self._read: Callable[[], int] = time.thread_time_ns if kind == "processor" else time.monotonic_ns
-        self._jumps = kind == "processor"
         self._shift_ns = -self._read()
         self._stopped_ns = 0
 
@@ -170,10 +169,7 @@ class RunClock:
         self._shift_ns = self._stopped_ns - self._read()
 
     def wait_until(self, at_ns: int) -> None:
-        if self._jumps:
-            self._shift_ns += max(0, at_ns - self.now_ns())
-        else:
-            time.sleep(max(0, at_ns - self.now_ns()) / NS_PER_S)
+        self._shift_ns += max(0, at_ns - self.now_ns())
 
 
 class LiveEngine:
@@ -196,12 +192,12 @@ class LiveEngine:
     def run(self, run: LiveRun) -> None:
         """Do it, with a calibration beside it or before it."""
         begin = time.perf_counter()
-        if self.clock == "processor":
+        if self.driver == "loop":
             self._in_turns(run)
         else:
             trace, policy = next(self._cycle)
-            self._wall(trace, policy, run.calibration_log(policy), {})
-            self._wall(run.trace, run.policy, run.log, run.times)
+            asyncio.run(through_service(trace, policy, run.calibration_log(policy), {}))
+            asyncio.run(through_service(run.trace, run.policy, run.log, run.times))
         run.keep()
         self.runs.append(run)
         span_s = max(times.finish_ns for times in run.times.values()) / NS_PER_S
@@ -209,7 +205,7 @@ class LiveEngine:
 
     def _in_turns(self, run: LiveRun) -> None:
         """The reported run and calibrations take turns."""
-        clock = RunClock("processor")
+        clock = RunClock(self.clock)
         engine = self._engine(self.built, run.policy, clock, run.log)
         calibration = self._calibration(run)
         for now_ns in through_loop(engine, clock, list(self._admitted(run.trace)), run.times):
@@ -221,20 +217,11 @@ class LiveEngine:
         before = 0
         while True:
             trace, policy = next(self._cycle)
-            clock = RunClock("processor")
+            clock = RunClock(self.clock)
             engine = self._engine(self.beside, policy, clock, run.calibration_log(policy))
             for _ in through_loop(engine, clock, list(self._admitted(trace)), {}):
                 yield before + engine.stats().steps
             before += engine.stats().steps
-
-    def _wall(self, trace: str, policy: str, log: Path, times: dict[int, Times]) -> None:
-        """One run in real time."""
-        if self.driver == "service":
-            asyncio.run(through_service(trace, policy, log, times))
-            return
-        clock = RunClock("wall")
-        for _ in through_loop(self._engine(self.built, policy, clock, log), clock, list(self._admitted(trace)), times):
-            pass
 
     def _engine(self, built: BuiltEngine, policy: str, clock: RunClock, log: Path | None = None) -> Engine:
         kv, limits = account()

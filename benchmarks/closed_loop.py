@@ -46,15 +46,23 @@ class Client:
 class ClosedLoop:
     """`concurrency` clients, each sending the next request when its last one is answered; stepped and leapt exactly."""
 
-    def __init__(self, scheduler: Scheduler, timer: StepTimer, clients: Sequence[Client], wait: Wait = NO_WAIT) -> None:
-        self.scheduler, self.timer, self.wait = scheduler, timer, wait
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        timer: StepTimer,
+        clients: Sequence[Client],
+        wait: Wait = NO_WAIT,
+        overlap: bool = False,
+    ) -> None:
+        """`overlap`: the engine plans a step when the one before begins, so who comes during a step misses the next."""
+        self.scheduler, self.timer, self.wait, self.overlap = scheduler, timer, wait, overlap
         self.todo = deque(clients)
         self.by_id = {client.request.id: client for client in clients}
         self.on_the_way: deque[tuple[int, Client]] = deque()
         """(when the tokenizer is done with it, request): the engine has begun its next step before that."""
         self.tokenizer_ps = 0
         self.held: list[Client] = []
-        self.waited = self.now_ps = self.clock = 0
+        self.waited = self.now_ps = self.planned_ps = self.clock = 0
         self.ends: list[tuple[int, int]] = []
 
     def run(self, concurrency: int) -> None:
@@ -68,8 +76,9 @@ class ClosedLoop:
             if plan.empty:
                 if not self.on_the_way:
                     return
-                self.now_ps = self.on_the_way[0][0]
+                self.planned_ps = self.now_ps = max(self.now_ps, self.on_the_way[0][0])
                 continue
+            self.planned_ps = self.now_ps
             for preempt in plan.preempts:
                 client = self.by_id[preempt.request_id]
                 if client.finish_clock >= 0:
@@ -107,7 +116,8 @@ class ClosedLoop:
             self.on_the_way.append((self.tokenizer_ps, client))
 
     def _arrive(self) -> None:
-        while self.on_the_way and self.on_the_way[0][0] <= self.now_ps:
+        known_ps = self.planned_ps if self.overlap else self.now_ps
+        while self.on_the_way and self.on_the_way[0][0] <= known_ps:
             self.held.append(self.on_the_way.popleft()[1])
 
     def _release(self) -> None:

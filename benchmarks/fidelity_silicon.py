@@ -31,7 +31,7 @@ from megalith.cost.memory import (
     per_device_weights,
     weight_bytes,
 )
-from megalith.cost.operators import tables
+from megalith.cost.operators import VLLM, tables
 from megalith.cost.timer_operators import OperatorTimer
 from megalith.policy.batching import Admission, BatchFacts, BatchPolicy, PrefillFirst, SplitFuse, StepShape
 from megalith.policy.facts import Request
@@ -88,7 +88,9 @@ class Engine:
     memory_share: float
     """Of the device for weights, activations and KV."""
     host_ns: int
+    """0: the engine plans and prepares a step while the one before runs."""
     kv: str
+    kernels: str = VLLM
     whole_reservation: bool = False
     """KV for prompt and whole output is set aside at admission (TensorRT-LLM's guaranteed_no_evict)."""
     wait: Wait = NO_WAIT
@@ -109,28 +111,47 @@ class InFlight:
 def engine_of(run: Run) -> Engine:
     """The engine's options, none of them tuned.
 
-    InferenceMAX (README and benchmark scripts of 2025): vLLM with 8,192 batched tokens, asynchronous scheduling (host
-    time hidden), 90 % of memory, FP8 KV on B200; TensorRT-LLM with 16,384 tokens, FP8 KV and, for 1,024 / 1,024 below
-    eight devices, batch_wait_max_tokens_ratio 0.9 and batch_wait_timeout_iters 20.
+    InferenceMAX (its benchmark scripts at the date of the runs): see `inference_max`.
     NVIDIA's own runs: the rules of aiconfigurator's generator (benchmark/trtllm.rule, benchmark/vllm.rule), else the
     engines' defaults. TensorRT-LLM and vLLM: at most concurrency + prompt + 1,500 tokens a step. TensorRT-LLM: no
-    chunked context, 80 % of what weights leave, overlap scheduler, FP8 KV beside FP8 weights. vLLM 0.12: 90 % of memory
-    and no asynchronous scheduling, so 0.65 ms of host time a step (docs/fidelity.md, another GPU). SGLang: prompts
-    first, 8,192 tokens, 0.87 of memory, overlap scheduler.
+    chunked context, 80 % of what weights leave, overlap scheduler, FP8 KV beside FP8 weights, which are scaled in
+    blocks (its evaluation tool of that version serves Qwen/Qwen3-32B-FP8). vLLM 0.12: 90 % of memory and no
+    asynchronous scheduling, so 0.65 ms of host time a step (docs/fidelity.md, another GPU). SGLang: prompts first,
+    8,192 tokens, 0.87 of memory, overlap scheduler.
     """
-    kv = "bf16" if run.number == "bf16" else "fp8"
     if run.inference_max:
-        if run.backend == "vllm":
-            return Engine(SplitFuse(8_192), 0.9, 0, kv if run.device == "b200" else "bf16")
-        waits = run.prompt_tokens == run.output_tokens == 1024 and run.tensor_parallel < 8
-        wait = Wait(int(0.9 * 16_384), 20) if waits else NO_WAIT
-        return Engine(InFlight(16_384), 0.9, 0, kv, True, wait)
+        return inference_max(run)
     if run.backend == "sglang":
-        return Engine(PrefillFirst(8_192), 0.87, 0, "bf16")
+        return Engine(PrefillFirst(8_192), 0.87, 0, "bf16", "sglang")
     budget = run.concurrency + run.prompt_tokens + 1_500
     if run.backend == "vllm":
         return Engine(SplitFuse(budget), 0.9, 650_000, "bf16")
-    return Engine(InFlight(budget), 0.8, 0, kv, True)
+    if run.number == "fp8":
+        return Engine(InFlight(budget), 0.8, 0, "fp8", "trtllm-block", True)
+    return Engine(InFlight(budget), 0.8, 0, "bf16", "trtllm", True)
+
+
+def inference_max(run: Run) -> Engine:
+    """InferenceMAX's scripts, at its commits 8510c0a (Llama, October 2025) and those of the dates of gpt-oss.
+
+    vLLM: 8,192 batched tokens, asynchronous scheduling, 90 % of memory; FP8 KV for Llama, and for gpt-oss on B200 since
+    it names a version; experts of gpt-oss by Marlin on H100 (VLLM_MXFP4_USE_MARLIN) and by FlashInfer with mxfp8 inputs
+    on B200 (VLLM_USE_FLASHINFER_MOE_MXFP4_MXFP8). TensorRT-LLM: FP8 KV; Llama with 16,384 tokens, 90 % of what weights
+    leave and, for 1,024 / 1,024 below eight devices, batch_wait_max_tokens_ratio 0.9 and batch_wait_timeout_iters 20;
+    gpt-oss with 20,000 tokens and 85 %.
+    """
+    experts = run.model == "gpt-oss-120b"
+    if run.backend == "vllm":
+        if not experts:
+            return Engine(SplitFuse(8_192), 0.9, 0, "fp8")
+        if run.device == "h100-sxm":
+            return Engine(SplitFuse(8_192), 0.9, 0, "bf16", "marlin")
+        return Engine(SplitFuse(8_192), 0.9, 0, "fp8" if run.version else "bf16", "mxfp8")
+    if experts:
+        return Engine(InFlight(20_000), 0.85, 0, "fp8", "trtllm", True)
+    waits = run.prompt_tokens == run.output_tokens == 1024 and run.tensor_parallel < 8
+    wait = Wait(int(0.9 * 16_384), 20) if waits else NO_WAIT
+    return Engine(InFlight(16_384), 0.9, 0, "fp8", "trtllm", True, wait)
 
 
 def kv_tokens(run: Run, engine: Engine, spec: ModelSpec) -> int:
@@ -162,7 +183,8 @@ def lengths(run: Run, count: int) -> Iterable[tuple[int, int]]:
 def simulate(run: Run) -> tuple[float, float]:
     """(mean TTFT, mean TPOT) in milliseconds, simulated: ten requests for each client, as both benchmarks send."""
     spec, engine = catalog.model(run.model), engine_of(run)
-    timer = OperatorTimer(tables(run.device, run.model), run.tensor_parallel, run.number, engine.kv, engine.host_ns)
+    found = tables(run.device, run.model, engine.kernels)
+    timer = OperatorTimer(found, run.tensor_parallel, run.number, engine.kv, engine.host_ns)
     blocks = kv_tokens(run, engine, spec) // BLOCK_TOKENS
     whole = -(-(run.prompt_tokens + run.output_tokens) // BLOCK_TOKENS)
     if blocks < whole:
@@ -175,7 +197,7 @@ def simulate(run: Run) -> tuple[float, float]:
         Client(Request(index, 0, prompt, output), output)
         for index, (prompt, output) in enumerate(lengths(run, 10 * run.concurrency))
     ]
-    ClosedLoop(scheduler, timer, clients, engine.wait).run(run.concurrency)
+    ClosedLoop(scheduler, timer, clients, engine.wait, overlap=not engine.host_ns).run(run.concurrency)
     ttft = statistics.fmean(client.first_ps - client.sent_ps for client in clients) / PS_PER_MS
     tpot = statistics.fmean((c.last_ps - c.first_ps) / (c.output_tokens - 1) for c in clients) / PS_PER_MS
     return ttft, tpot

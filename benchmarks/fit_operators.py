@@ -1,12 +1,15 @@
 """Composes the steps of catalogue models from measured operators and writes catalog/operators.
 
-    python benchmarks/fit_operators.py [--data DIR] [--package DIR] [--only h100-sxm llama-3.1-8b]
+    python benchmarks/fit_operators.py --package DIR [--data DIR] [--only h100-sxm llama-3.1-8b] [--kernels vllm]
 
-The measurements are NVIDIA's (aiconfigurator-core 0.12.0, Apache-2.0): one operator call on one GPU, vLLM kernels. A
+The measurements are NVIDIA's (aiconfigurator-core 0.12.0, Apache-2.0): one operator call on one GPU, kernels of vLLM
+or, with --kernels, of another engine (`ENGINES`) or other kernels of the experts (`MXFP4`), as `VARIANTS` lists. A
 layer is qkv, attention, output, two all-reduces, gate and up, down, and four element-wise kernels: two norms, the
 rotary embedding with the write to the cache, the activation. Norms of q and k, where a model has them, are one more.
-FP8 products were measured with the kernel that quantises their input (2 to 3.4 us more than bf16 on the smallest
-shape), which engines fuse into norm and activation: there these are not added.
+FP8 products were measured with the kernels that find a scale for their input and quantise it. Checkpoints come with
+scales, and engines quantise in the kernel before the product: what was measured of these kernels alone is taken off
+again (TensorRT-LLM and SGLang: of the output and down products alone, as aiconfigurator does). FP8 scaled in blocks
+quantises on its own, and nothing is taken off.
 Nothing is fitted to a run of a whole engine; silicon_e2e.parquet is never opened.
 """
 
@@ -35,6 +38,30 @@ MODELS = (
     "mixtral-8x7b",
 )  # fmt: skip
 TYPES = {"bf16": "bfloat16", "fp8": "fp8"}
+ENGINES = {"trtllm": "trtllm/1.3.0rc20", "trtllm-block": "trtllm/1.3.0rc20", "sglang": "sglang/0.5.14"}
+"""Where the package has the tables of engines other than vLLM."""
+VLLM, SGLANG = "vllm/0.24.0", "sglang/0.5.14"
+MXFP4 = {
+    "vllm": VLLM, "marlin": VLLM, "mxfp8": SGLANG, "trtllm": SGLANG, "trtllm-block": SGLANG, "sglang": SGLANG,
+}  # fmt: skip
+"""{kernels: where experts in mxfp4 were measured}. FlashInfer's kernels for mxfp8 inputs are the same in vLLM, SGLang
+and TensorRT-LLM, and only SGLang's table has all degrees."""
+MXFP8_INPUT = ("mxfp8", "trtllm")
+KERNELS = {
+    "vllm": "vLLM", "marlin": "vLLM (experts: Marlin)", "mxfp8": "vLLM (experts: FlashInfer with mxfp8 inputs)",
+    "trtllm": "TensorRT-LLM", "trtllm-block": "TensorRT-LLM (fp8 scaled in blocks)", "sglang": "SGLang",
+}  # fmt: skip
+"""In words."""
+MARLIN = 3584, 3072, 16, 896
+"""Hidden, inner, experts a token and experts of the model whose mxfp4 experts were measured with Marlin."""
+VARIANTS = {
+    "trtllm": (("h100-sxm", "llama-3.1-8b"), ("b200", "llama-3.1-70b"), ("b200", "gpt-oss-120b")),
+    "trtllm-block": (("h100-sxm", "qwen3-32b"),),
+    "sglang": (("h100-sxm", "qwen3-32b"),),
+    "marlin": (("h100-sxm", "gpt-oss-120b"),),
+    "mxfp8": (("b200", "gpt-oss-120b"),),
+}
+"""{kernels other than vLLM's defaults: what the catalogue has of them}."""
 DEGREES = (1, 2, 4, 8)
 KERNEL_MS = 3e-3
 """Fixed time of a memory-bound kernel: gpu.mem_empirical_constant_latency of systems.csv, as NVIDIA ships it."""
@@ -52,69 +79,111 @@ CONTEXTS = (2, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 13107
 class Operators:
     """The measured operators of one system, by interpolation. All times in milliseconds."""
 
-    def __init__(self, data: Path, system: str, package: Path | None = None) -> None:
-        self.data, self.system = data, system
+    def __init__(self, data: Path, system: str, package: Path | None = None, kernels: str = "vllm") -> None:
+        self.data, self.system, self.kernels = data, system, kernels
+        self.package = None if package is None else package / system
+        self.engine = ENGINES.get(kernels)
+        self.norm_quantises, self.blocks = self.engine is None, kernels == "trtllm-block"
         with (data / "systems.csv").open() as file:
             facts = next(row for row in csv.DictReader(file) if row["system"] == system)
         self.memory_bytes_per_ms = float(facts["gpu.mem_bw"]) * MEMORY_SHARE / 1e3
         self.peer_bytes_per_ms = float(facts["node.intra_node_bw"]) * MEMORY_SHARE / 1e3
         self._gemm = {name: self._read_gemm(dtype) for name, dtype in TYPES.items()}
-        self._attention = {
-            kind: self._group(
-                f"attn_{kind}_{system}.parquet",
-                "head_dim, window_size, q_heads, kv_heads, kv_cache_dtype, batch_size, "
-                f"{'isl' if kind == 'context' else 'context'}, latency_ms",
-            )
-            for kind in ("context", "generation")
-        }
+        self._scales = (
+            []
+            if self.package is None or self.blocks
+            else [self._read_scale(name) for name in ("computescale", "scale_matrix")]
+        )
+        self._attention = {kind: self._read_attention(kind) for kind in ("context", "generation")}
         self._experts = self._group(
-            f"moe_{system}.parquet",
+            data / f"moe_{system}.parquet",
             "dtype, hidden_size, inter_size, topk, num_experts, num_tokens, moe_tp_size, latency_ms",
             "where moe_ep_size = 1 and distribution = 'power_law_1.2'",
         )
-        if package is not None:
+        if self.package is not None:
+            dtype = "w4a8_mxfp4_mxfp8" if kernels in MXFP8_INPUT else "w4a16_mxfp4"
             self._experts |= self._group(
-                str(package / system / "moe" / "vllm" / "0.24.0" / "moe_perf.parquet"),
+                self.package / "moe" / MXFP4[kernels] / "moe_perf.parquet",
                 "'mxfp4', hidden_size, inter_size, topk, num_experts, num_tokens, moe_tp_size, min(latency)",
-                "where moe_dtype = 'w4a16_mxfp4' and moe_ep_size = 1 and distribution = 'power_law_1.2' group by all",
+                f"where moe_dtype = '{dtype}' and moe_ep_size = 1 and distribution = 'power_law_1.2' group by all",
             )
         self._reduce = self._read_reduce()
 
-    def _rows(self, name: str, columns: str, where: str = "") -> list[tuple[Any, ...]]:
-        return duckdb.sql(f"select {columns} from '{self.data / name}' {where}").fetchall()
+    def _rows(self, path: Path, columns: str, where: str = "") -> list[tuple[Any, ...]]:
+        return duckdb.sql(f"select {columns} from '{path}' {where}").fetchall()
 
-    def _group(self, name: str, columns: str, where: str = "") -> dict[tuple[Any, ...], dict[tuple[int, int], float]]:
+    def _group(self, path: Path, columns: str, where: str = "") -> dict[tuple[Any, ...], dict[tuple[int, int], float]]:
         """{leading columns: {(two whole numbers before the last): latency}}."""
         found: dict[tuple[Any, ...], dict[tuple[int, int], float]] = {}
-        for *key, first, second, latency in self._rows(name, columns, where):
+        for *key, first, second, latency in self._rows(path, columns, where):
             found.setdefault(tuple(key), {})[first, second] = latency
         return found
 
+    def _of_engine(self, operator: str, file: str) -> Path:
+        """A table of another engine than vLLM."""
+        assert self.package is not None
+        assert self.engine is not None
+        return self.package / operator / self.engine / f"{file}_perf.parquet"
+
+    def _read_attention(self, kind: str) -> dict[tuple[Any, ...], dict[tuple[int, int], float]]:
+        """By (head_dim, window, query heads, KV heads, cache). Engines but vLLM read prompts in the cache's type."""
+        tokens = "isl" if kind == "context" else "context"
+        if self.engine is None:
+            columns = f"head_dim, window_size, q_heads, kv_heads, kv_cache_dtype, batch_size, {tokens}, latency_ms"
+            return self._group(self.data / f"attn_{kind}_{self.system}.parquet", columns)
+        tokens = "isl" if kind == "context" else "isl + step"
+        columns = "head_dim, window_size, num_heads, num_key_value_heads, kv_cache_dtype, batch_size"
+        where = "where attn_dtype = kv_cache_dtype" if kind == "context" else ""
+        path = self._of_engine("attention", f"{kind}_attention")
+        return self._group(path, f"{columns}, {tokens}, min(latency)", f"{where} group by all")
+
     def _read_gemm(self, dtype: str) -> tuple[Any, Any, Any] | None:
-        rows = self._rows(f"gemm_{self.system}.parquet", "m, n, k, latency_ms", f"where dtype = '{dtype}'")
+        if self.engine is None:
+            rows = self._rows(
+                self.data / f"gemm_{self.system}.parquet", "m, n, k, latency_ms", f"where dtype = '{dtype}'"
+            )
+        else:
+            path = self._of_engine("gemm", "gemm")
+            dtype = "fp8_block" if dtype == "fp8" and self.blocks else dtype
+            rows = self._rows(path, "m, n, k, min(latency)", f"where gemm_dtype = '{dtype}' group by all")
         if not rows:
             return None
         m, n = (np.array(sorted({row[i] for row in rows})) for i in (0, 1))
         cube = np.full((len(m), len(n), len(n)), np.nan)
         index_m, index_n = ({value: i for i, value in enumerate(axis)} for axis in (m, n))
         for row_m, row_n, row_k, latency in rows:
-            cube[index_m[row_m], index_n[row_n], index_n[row_k]] = latency
+            if row_k in index_n:
+                cube[index_m[row_m], index_n[row_n], index_n[row_k]] = latency
         for i, j in np.argwhere(np.isnan(cube).any(axis=0)):
             line = cube[:, i, j]
             known = ~np.isnan(line)
             cube[:, i, j] = np.interp(m, m[known], line[known]) if known.any() else np.inf
         return m, n, cube
 
+    def _read_scale(self, file: str) -> tuple[Any, Any, Any]:
+        """(m, k, ms[m][k]) of what was measured with a product in fp8: finding a scale, and quantising with it."""
+        assert self.package is not None
+        path = self.package / "quantize" / (self.engine or VLLM) / f"{file}_perf.parquet"
+        found = {(m, k): latency for m, k, latency in self._rows(path, "m, k, min(latency)", "group by all")}
+        m, k = (np.array(sorted({key[axis] for key in found})) for axis in (0, 1))
+        return m, k, np.array([[found.get((row, column), np.nan) for column in k] for row in m])
+
     def _read_reduce(self) -> dict[int, tuple[Any, Any]]:
-        """{devices: (elements, ms)}: the faster of NCCL and the custom all-reduce in a graph."""
+        """{devices: (elements, ms)}: the faster of NCCL and the engine's own all-reduce in a graph."""
         best: dict[int, dict[int, float]] = {}
+        own: list[tuple[Any, ...]] = []
+        if self.engine is not None:
+            path = self._of_engine("comm", "custom_allreduce")
+            own = self._rows(path, "num_gpus, message_size, latency", "where kernel_source not like '%eager'")
         with (self.data / "comm_collectives.csv").open() as file:
             for row in csv.DictReader(file):
                 wide = row["dtype"] in ("half", "bfloat16") and row["mode"] != "vLLM_custom_eager"
-                if row["gpu"] == self.system and row["op_name"] == "all_reduce" and wide:
-                    sizes = best.setdefault(int(row["num_gpus"]), {})
-                    size = int(row["message_size"])
-                    sizes[size] = min(sizes.get(size, np.inf), float(row["latency_ms"]))
+                ours = self.engine is None or row["library"] == "nccl"
+                if row["gpu"] == self.system and row["op_name"] == "all_reduce" and wide and ours:
+                    own.append((int(row["num_gpus"]), int(row["message_size"]), float(row["latency_ms"])))
+        for devices, size, latency in own:
+            sizes = best.setdefault(devices, {})
+            sizes[size] = min(sizes.get(size, np.inf), latency)
         return {
             devices: (np.array(sorted(sizes)), np.array([sizes[size] for size in sorted(sizes)]))
             for devices, sizes in best.items()
@@ -130,18 +199,28 @@ class Operators:
         assert found is not None
         return found[0]
 
-    def gemm(self, number: str, n: int, k: int) -> Any:
-        """Times over `rows(number)` of a product with an n x k matrix, bilinear in n and k."""
+    def gemm(self, number: str, n: int, k: int, fused: bool = False) -> Any:
+        """Times over `rows(number)` of a product with an n x k matrix, bilinear in n and k.
+
+        In fp8 the measured call finds a scale, quantises and multiplies. Checkpoints have static scales, so the first
+        is taken off; `fused`: the kernel before it quantises, so the second is as well.
+        """
         found = self._gemm[number]
         assert found is not None
-        _, axis, cube = found
+        rows, axis, cube = found
         pieces = -(-n // int(axis[-1]))
         n_part = n / pieces
         i, part_n = _cell(axis, n_part)
         j, part_k = _cell(axis, k)
         top = cube[:, i, j] * (1 - part_k) + cube[:, i, j + 1] * part_k
         bottom = cube[:, i + 1, j] * (1 - part_k) + cube[:, i + 1, j + 1] * part_k
-        return pieces * (top * (1 - part_n) + bottom * part_n)
+        times = top * (1 - part_n) + bottom * part_n
+        if number == "fp8":
+            for m, width, scale in self._scales[: 2 if fused else 1]:
+                at, part = _cell(width, k)
+                known = np.nan_to_num(scale[:, at] * (1 - part) + scale[:, at + 1] * part)
+                times = np.maximum(times - _extended(rows, m, known), n_part * k / self.memory_bytes_per_ms)
+        return pieces * times
 
     def reduce(self, devices: int, elements: Any) -> Any:
         """Times of an all-reduce of 16-bit elements."""
@@ -157,11 +236,21 @@ class Operators:
 
     def experts(self, spec: ModelSpec, devices: int, number: str, tokens: Any) -> Any:
         """Times of all routed experts of a layer. Raises LookupError when that shape was not measured."""
-        wanted = (TYPES.get(number, number), spec.hidden, spec.ffn, spec.experts_per_token, spec.num_experts)
-        measured = self._experts.get(wanted, {})
+        shape = spec.hidden, spec.ffn, spec.experts_per_token, spec.num_experts
+        own = self._experts_of(shape, devices, number, tokens)
+        if self.kernels != "marlin":
+            return own
+        hidden, inner, chosen, experts = MARLIN
+        each = spec.experts_per_token / spec.num_experts * experts / chosen
+        work = spec.num_experts * spec.hidden * spec.ffn / (experts * hidden * inner)
+        other = self._experts_of(MARLIN, devices, number, np.append(1.0, tokens * each))
+        return own[0] + work * (other[1:] - other[0])
+
+    def _experts_of(self, shape: tuple[int, int, int, int], devices: int, number: str, tokens: Any) -> Any:
+        measured = self._experts.get((TYPES.get(number, number), *shape), {})
         times = {count: ms for (count, cut), ms in measured.items() if cut == devices}
         if not times:
-            raise LookupError(f"the experts of {spec.name} in {number} over {devices} devices on {self.system}")
+            raise LookupError(f"experts of shape {shape} in {number} over {devices} devices on {self.system}")
         sizes = sorted(times)
         return _extended(tokens, np.array(sizes), np.array([times[size] for size in sizes]))
 
@@ -188,12 +277,10 @@ def rows_ms(ops: Operators, spec: ModelSpec, devices: int, number: str) -> tuple
     rows = ops.rows(dense)
     hidden, width = spec.hidden, spec.num_heads * spec.head_dim // devices
     kv = max(1, spec.num_kv_heads // devices) * spec.head_dim
-    layer = ops.gemm(dense, width + 2 * kv, hidden) + ops.gemm(dense, hidden, width)
+    layer = ops.gemm(dense, width + 2 * kv, hidden, ops.norm_quantises) + ops.gemm(dense, hidden, width, True)
     layer = layer + 2 * ops.reduce(devices, rows * hidden)
     layer = layer + ops.element_wise(rows * (width + 2 * kv) * 4.0)
-    fused = dense == "fp8"  # measured with a kernel that quantises the input: engines fuse it into norm and activation
-    if not fused:
-        layer = layer + 2 * ops.element_wise(rows * hidden * 8.0)
+    layer = layer + 2 * ops.element_wise(rows * hidden * 8.0)
     if spec.qk_norm:
         layer = layer + ops.element_wise(rows * (width + kv) * 4.0)
     if spec.num_experts:
@@ -202,9 +289,8 @@ def rows_ms(ops: Operators, spec: ModelSpec, devices: int, number: str) -> tuple
     else:
         inner = spec.ffn // devices
         up = (2 if spec.gated_ffn else 1) * inner
-        layer = layer + ops.gemm(dense, up, hidden) + ops.gemm(dense, hidden, inner)
-        if not fused:
-            layer = layer + ops.element_wise(rows * (up + inner) * 2.0)
+        layer = layer + ops.gemm(dense, up, hidden, ops.norm_quantises) + ops.gemm(dense, hidden, inner, True)
+        layer = layer + ops.element_wise(rows * (up + inner) * 2.0)
     return rows, spec.num_layers * layer
 
 
@@ -333,7 +419,7 @@ def compose(ops: Operators, spec: ModelSpec, device: str) -> dict[str, Any] | No
     return {
         "notice": NOTICE, "model": spec.name, "device": device, "layers": spec.num_layers, "host_ns": HOST_NS,
         "dense": dense, "attention": attention,
-        "source": "benchmarks/fit_operators.py over operator measurements of vLLM kernels",
+        "source": f"benchmarks/fit_operators.py over operator measurements of {KERNELS[ops.kernels]} kernels",
         "date": "2026-11-23",
     }  # fmt: skip
 
@@ -343,23 +429,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "calibration")
     parser.add_argument("--only", nargs="*", default=())
     parser.add_argument(
-        "--package", type=Path, help="aiconfigurator_core/systems/data of the wheel: experts in mxfp4 are only there"
+        "--package", type=Path, required=True, help="aiconfigurator_core/systems/data of the wheel: what --data lacks"
     )
+    parser.add_argument("--kernels", default="vllm", choices=("vllm", *VARIANTS))
     options = parser.parse_args()
     for device, system in SYSTEMS.items():
         if options.only and not set(options.only) & {device, *MODELS}:
             continue
         if options.only and set(options.only) & set(SYSTEMS) and device not in options.only:
             continue
-        ops = Operators(options.data, system, None if device == "a100-80gb" else options.package)
-        for model in MODELS:
-            if set(options.only) & set(MODELS) and model not in options.only:
-                continue
+        wanted = [
+            model
+            for model in MODELS
+            if (options.kernels == "vllm" or (device, model) in VARIANTS[options.kernels])
+            and (not set(options.only) & set(MODELS) or model in options.only)
+        ]
+        if not wanted:
+            continue
+        ops = Operators(options.data, system, None if device == "a100-80gb" else options.package, options.kernels)
+        for model in wanted:
             tables = compose(ops, catalog.model(model), device)
             if tables is None:
                 print(f"{device:10} {model:15} not measured")
                 continue
-            path = OUT / device / f"{model}.json"
+            path = OUT / device / (f"{model}.json" if options.kernels == "vllm" else f"{model}@{options.kernels}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(tables, separators=(",", ":")) + "\n", encoding="utf-8")
             cases = " ".join(f"{table['tensor_parallel']}/{table['number']}" for table in tables["dense"])

@@ -57,3 +57,39 @@ def test_a_loop_leaps_as_it_steps(silicon: ModuleType) -> None:
         assert client.first_ps - client.sent_ps == 100 * TOKENIZE_PS + prompt
         assert client.last_ps - client.first_ps == sum(timer.step_ps((), 1, 100 + j, 100 + j) for j in range(49))
     assert clients[1].sent_ps == clients[0].last_ps
+
+
+def test_who_comes_while_an_engine_plans_ahead_waits_for_one_step_more(silicon: ModuleType) -> None:
+    """A long answer keeps the engine busy; the third request comes when the second is answered."""
+    from closed_loop import Client, ClosedLoop
+
+    from megalith.cost.timer_published import published
+    from megalith.policy.batching import SplitFuse
+    from megalith.policy.facts import Request
+    from megalith.policy.kv import KvAccount
+    from megalith.policy.scheduler import Limits, Scheduler
+
+    timer, waits = published("llumnix-7b").timer(), []
+    for overlap in (False, True):
+        scheduler = Scheduler(SplitFuse(512), KvAccount(100, 16, prefix_cache=False), Limits(max_sequences=8))
+        clients = [Client(Request(index, 0, 32, output), output) for index, output in enumerate((200, 20, 5))]
+        ClosedLoop(scheduler, timer, clients, overlap=overlap).run(2)
+        assert clients[2].sent_ps == clients[1].last_ps
+        waits.append(clients[2].first_ps - clients[2].sent_ps)
+    step = timer.step_ps((), 1, 52, 52)
+    assert waits[1] - waits[0] == pytest.approx(step, rel=0.1)
+
+
+def test_engines_are_those_of_the_scripts(silicon: ModuleType) -> None:
+    def run(model: str, device: str, backend: str, precision: str, inference_max: bool) -> object:
+        return silicon.Run("k", model, device, backend, "1", precision, 2, 8, 1024, 1024, inference_max, 1.0, 1.0)
+
+    def kernels(*case: object) -> tuple[str, str]:
+        engine = silicon.engine_of(run(*case))  # type: ignore[arg-type]
+        return engine.kernels, engine.kv
+
+    assert kernels("llama-3.1-70b", "h100-sxm", "vllm", "fp8", True) == ("vllm", "fp8")
+    assert kernels("gpt-oss-120b", "h100-sxm", "vllm", "fp4", True) == ("marlin", "bf16")
+    assert kernels("gpt-oss-120b", "b200", "vllm", "fp4", True) == ("mxfp8", "fp8")
+    assert kernels("qwen3-32b", "h100-sxm", "trtllm", "fp8", False) == ("trtllm-block", "fp8")
+    assert kernels("qwen3-32b", "h100-sxm", "sglang", "", False) == ("sglang", "bf16")

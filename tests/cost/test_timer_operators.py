@@ -52,6 +52,30 @@ def test_what_ships() -> None:
         assert tables(device, model).layers == catalog.model(model).num_layers
 
 
+def test_kernels_other_than_the_default() -> None:
+    assert not [model for _, model in available() if "@" in model]
+    assert ("h100-sxm", "gpt-oss-120b") in available("marlin")
+    folder = files("megalith").joinpath("catalog", "operators")
+    for kernels in ("trtllm", "trtllm-block", "sglang", "marlin", "mxfp8"):
+        for device, model in available(kernels):
+            text = folder.joinpath(device, f"{model}@{kernels}.json").read_text(encoding="utf-8")
+            assert len(text) < 25_000
+            assert tables(device, model, kernels).notice == NOTICE
+
+    def rows_ns(device: str, kernels: str, rows: int) -> float:
+        return tables(device, "gpt-oss-120b", kernels).dense[0].rows.value(rows)
+
+    assert rows_ns("h100-sxm", "marlin", 8_192) > 1.5 * rows_ns("h100-sxm", "vllm", 8_192), "multiplies in bf16"
+    assert rows_ns("h100-sxm", "marlin", 64) == pytest.approx(rows_ns("h100-sxm", "vllm", 64), rel=0.2)
+    assert rows_ns("b200", "mxfp8", 8_192) < 0.6 * rows_ns("b200", "vllm", 8_192), "multiplies in fp8"
+
+
+def test_kernels_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"with the kernels 'marlin'.*") as refusal:
+        tables("h100", "llama-3.1-8b", "marlin")
+    assert "gpt-oss-120b" in str(refusal.value.hint)
+
+
 @given(CASE, st.integers(1, 700), st.integers(0, 150_000), st.data())
 def test_a_line_is_its_steps(
     case: tuple[str, str, int, str, str], decodes: int, mean: int, data: st.DataObject

@@ -20,6 +20,9 @@ NOTICE = (
     "Operator measurements (c) NVIDIA CORPORATION & AFFILIATES, Apache-2.0, from aiconfigurator-core 0.12.0, modified"
 )
 
+VLLM = "vllm"
+"""The kernels of tables unless others are named: `trtllm`, `trtllm-block`, `sglang`; for experts `marlin`, `mxfp8`."""
+
 
 class Knots(Config, kw_only=True):
     """A piecewise linear function of a whole number, ascending in both; beyond its ends the last piece goes on."""
@@ -79,39 +82,44 @@ class OperatorTables(Config, kw_only=True):
 
 
 @functools.cache
-def available() -> tuple[tuple[str, str], ...]:
-    """(device, model) of every table of the catalogue."""
-    root = files("megalith").joinpath("catalog", "operators")
+def available(kernels: str = VLLM) -> tuple[tuple[str, str], ...]:
+    """(device, model) of every table of the catalogue over kernels of that name; others than vLLM's have few."""
+    root, ending = files("megalith").joinpath("catalog", "operators"), _ending(kernels)
     found = [
-        (folder.name, file.name.removesuffix(".json"))
+        (folder.name, file.name.removesuffix(ending))
         for folder in root.iterdir()
         if folder.is_dir()
         for file in folder.iterdir()
-        if file.name.endswith(".json")
+        if file.name.endswith(ending) and (kernels != VLLM or "@" not in file.name)
     ]
     return tuple(sorted(found))
 
 
+def _ending(kernels: str) -> str:
+    return ".json" if kernels == VLLM else f"@{kernels}.json"
+
+
 @functools.cache
-def _load(device: str, model: str) -> OperatorTables:
-    file = files("megalith").joinpath("catalog", "operators", device, f"{model}.json")
-    return convert(json.loads(file.read_text(encoding="utf-8")), OperatorTables, f"catalog/operators/{device}/{model}")
+def _load(device: str, model: str, kernels: str) -> OperatorTables:
+    name = f"{model}{_ending(kernels)}"
+    text = files("megalith").joinpath("catalog", "operators", device, name).read_text(encoding="utf-8")
+    return convert(json.loads(text), OperatorTables, f"catalog/operators/{device}/{name}")
 
 
-def find_tables(device: str, model: str) -> OperatorTables | None:
+def find_tables(device: str, model: str, kernels: str = VLLM) -> OperatorTables | None:
     """The tables of a catalogue model on a catalogue device (names or aliases), None when there are none."""
     names = catalog.device(device).name, catalog.model(model).name
-    return _load(*names) if names in available() else None
+    return _load(*names, kernels) if names in available(kernels) else None
 
 
-def tables(device: str, model: str) -> OperatorTables:
+def tables(device: str, model: str, kernels: str = VLLM) -> OperatorTables:
     """Like `find_tables`, but raises ConfigError that says what there is."""
-    found = find_tables(device, model)
+    found = find_tables(device, model, kernels)
     if found is None:
-        on_device = [name for where, name in available() if where == catalog.device(device).name]
+        on_device = [name for where, name in available(kernels) if where == catalog.device(device).name]
         models = ", ".join(on_device) or "none on that device"
         raise ConfigError(
-            f"There are no operator tables of {model} on {device}.",
+            f"There are no operator tables of {model} on {device} with the kernels {kernels!r}.",
             f"Models with tables: {models}. The analytic timer does without.",
         )
     return found

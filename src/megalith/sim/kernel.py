@@ -52,9 +52,9 @@ class Kernel:
 
     def run(self, most: int | None = None) -> bool:
         """Run events in order, at most `most` of them; True when some are left."""
-        heap, ran = self._heap, 0
+        heap, ran, last = self._heap, 0, -1 if most is None else most
         try:
-            while heap and ran != most:
+            while heap and ran != last:
                 self.now_ns, _, _, call, argument = heappop(heap)
                 ran += 1
                 call(argument)

@@ -14,6 +14,7 @@ from math import nan
 import msgspec
 
 from megalith.base.errors import ConfigError
+from megalith.base.interrupts import held_interrupts
 from megalith.base.units import NS_PER_S
 from megalith.cost.memory import kv_bytes_per_token
 from megalith.cost.profile import Profile
@@ -149,11 +150,12 @@ class Run:
             self.kernel.at(self._sample_ns, self._sample)
 
     def advance(self, events: int = EVENTS_A_SLICE) -> bool:
-        """Run some events; False when the run is over."""
+        """Run some events; False when the run is over. Ctrl-C takes effect after them."""
         enabled = gc.isenabled()
         gc.disable()  # nothing in a run makes cycles, and looking for them takes a fifth of its time
         try:
-            more = self.kernel.run(events)
+            with held_interrupts():
+                more = self.kernel.run(events)
         finally:
             if enabled:
                 gc.enable()

@@ -138,6 +138,7 @@ def test_the_plan_says_what_lies_beyond_the_model() -> None:
     assert [cost.users for cost in plan.costs] == [6, 0]
     assert any("200,000" in note for note in plan.notes)
     assert plan.shared_prompts > 1
+    assert any("0.65 and 1.7 times" in note for note in plan.notes), "the band of the device"
     within = plan_context(planned(50_000))
     assert not any("200,000" in note for note in within.notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def test_a_count_of_devices_has_what_is_needed_and_one_less_has_not() -> None:
         assert all(share * one.count >= 1.0 for share in have.values())
         if one.binds in have:
             assert have[one.binds] * (one.count - 1) < 1.0
+        assert one.most >= one.count
+        assert one.most <= math.ceil(one.count * (1 + 2 * device.achievable.residual))
         assert one.within_a_node == (one.count <= device.max_group)
 
 

@@ -27,6 +27,7 @@ from megalith.cost.long_context import (
     sessions_per_hour,
 )
 from megalith.cost.memory import bits_per_weight, kv_bytes_per_token, per_device_kv_heads
+from megalith.cost.profile import band_for
 from megalith.plan.request import ServeRequest, check, need_bytes
 from megalith.specs.device import DeviceSpec
 
@@ -45,7 +46,10 @@ class Choice(NamedTuple):
 
 
 def choices(layers: int) -> dict[str, tuple[Choice, ...]]:
-    """Published settings of each lever, from the whole to the least; for a model of so many layers."""
+    """Published settings of each lever, from the whole to the least; for a model of so many layers.
+
+    The parts are those of the abstracts named, recalled and not measured; what they do to answers is theirs to say.
+    """
     return {
         "layers": (
             Choice(1.0, "a cache in every layer"),
@@ -145,7 +149,7 @@ def plan_context(question: ContextQuestion) -> ContextPlan:
             "Take more --devices, a smaller --format or a bigger --device.",
         )
     far = row(longest, PLAIN)
-    notes = [f"Users, decode and switching follow KV; prefill follows the prompt's FLOPs. Rates: {question.rates}."]
+    notes = ["Users, decode and switching follow KV; prefill follows the prompt's FLOPs.", _sure(question)]
     if longest > request.spec.max_context:
         notes.append(f"{request.model} was made for {request.spec.max_context:,} tokens: longer ones are arithmetic.")
     return ContextPlan(
@@ -221,6 +225,14 @@ def reached_row(
         switch_s=2 * resident / host,
         concurrency=max(free, 0) / resident,
     )
+
+
+def _sure(question: ContextQuestion) -> str:
+    """How far to trust the times."""
+    if question.rates == "peak":
+        return "Peak rates are bounds: no device gets there, so times are longer."
+    band = band_for(question.request.profile, question.request.spec)
+    return f"Prefill and decode should lie between {band.low:.2g} and {band.high:.2g} times that: {band.source}."
 
 
 def _host(device: DeviceSpec) -> float:

@@ -9,14 +9,15 @@ peaks. Must not measure or load.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.cost import roofline
 from megalith.cost.memory import kv_bytes_per_token, weight_bytes
-from megalith.cost.parameters import count
-from megalith.cost.profile import number_for
+from megalith.cost.parameters import count as count_parameters
+from megalith.cost.profile import from_device, number_for
 from megalith.cost.roofline import Operator, Platform
 from megalith.specs.device import DeviceSpec
 from megalith.specs.model import ModelSpec
@@ -48,6 +49,8 @@ class DeviceCount(Config, kw_only=True):
 
     device: str
     count: int
+    most: int
+    """Where times lie at the upper end of the device's band."""
     binds: str
     """capacity, compute or memory bandwidth."""
     within_a_node: bool
@@ -119,7 +122,7 @@ def plan_platform(question: PlatformQuestion) -> PlatformPlan:
     ttft, tpot = (roofline.pass_cost(operators, platform, devices) for operators in (first, step))
     tokens = question.batch * (use.prompt_tokens + use.beams * use.output_tokens)
     return PlatformPlan(
-        model=spec.name, parameters=count(spec).total, use_case=use, batch=question.batch, devices=devices,
+        model=spec.name, parameters=count_parameters(spec).total, use_case=use, batch=question.batch, devices=devices,
         weight_bytes=weight_bytes(spec, question.weight_format).total,
         kv_bytes=tokens * kv_bytes_per_token(spec, question.kv_format),
         prefill_flops=_sum(first, "flops"), step_bytes=_sum(step, "num_bytes"),
@@ -144,10 +147,14 @@ def device_counts(plan: PlatformPlan, weight_format: str, devices: Sequence[Devi
             "memory bandwidth": plan.memory_bytes_per_s / (reach.memory * device.memory_bytes_per_s),
         }
         binds = max(needs, key=lambda name: needs[name])
-        number_of = max(1, -int(-needs[binds] // 1))
+        slow = from_device(device, weight_format).band.high
+        slower = max(need * (1.0 if name == "capacity" else slow) for name, need in needs.items())
+        count, most = (max(1, math.ceil(need)) for need in (needs[binds], slower))
         found.append(
-            DeviceCount(device=device.name, count=number_of, binds=binds, within_a_node=number_of <= device.max_group)
-        )
+            DeviceCount(
+                device=device.name, count=count, most=most, binds=binds, within_a_node=count <= device.max_group
+            )
+        )  # fmt: skip
     return tuple(sorted(found, key=lambda one: (one.count, one.device)))
 
 

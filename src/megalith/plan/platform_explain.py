@@ -54,14 +54,15 @@ def count_table(counts: Sequence[DeviceCount], every: bool) -> Table:
         [
             Column("device", "device"),
             Column("count", "at least", "count", "predicted"),
+            Column("most", "where its band ends", "count", "predicted"),
             Column("binds", "by"),
             Column("within_a_node", "share fast links"),
         ],
         "Devices whose reached rates and usable memory add up to it",
-        notes=["A lower bound: uneven cuts, collectives and fixed times of a step are not in it."],
+        notes=["Lower bounds: uneven cuts, collectives and fixed times of a step are not in them."],
     )
     for one in counts if every else counts[:MOST_ROWS]:
-        table.add(one.device, one.count, one.binds, one.within_a_node)
+        table.add(one.device, one.count, one.most, one.binds, one.within_a_node)
     return table
 
 

@@ -287,7 +287,7 @@ def _need_experiment(name: str, title: str, axis: str, at: tuple[float, ...], ta
     return Experiment(name, title, NEED_ARMS, axis, at, task, 1, nature="predicted", shown=shown)
 
 
-_SHOWN = {"ms": "ms", "published ms": "published_ms"}
+_SHOWN = {"ms": "ms"}
 STUDY = Study(
     name="genz",
     title="GenZ: platform requirements of use cases",

@@ -257,6 +257,8 @@ STUDY = Study(
         "Exactly counted, 0.977 users fit at 50K, so not one; the published 1 follows from 11.4 GiB taken for 11.4 GB.",
         "That KV is the source of users, decode and switching lies in the formulas, which have nothing else to grow; "
         "only prefill could have come out otherwise, and did.",
+        "The parts of KV that published methods keep are recalled from their abstracts, and nothing says that four of "
+        "them together still answer well: the ways back are arithmetic, not advice.",
         "The control holds keys, so that it also spares the attention of the prompt over the keys that are gone.",
     ),
 )  # fmt: skip

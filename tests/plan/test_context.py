@@ -53,6 +53,7 @@ def test_levers_multiply_and_leave_prefill() -> None:
 def test_what_is_offloaded_makes_room_and_is_read_over_the_host_link() -> None:
     plain, away = peak(100_000), peak(100_000, Levers(host=0.5))
     assert away.concurrency == pytest.approx(2 * plain.concurrency)
+    assert away.switch_s == pytest.approx(plain.switch_s / 2), "what lies on the host stays there"
     assert away.decode_s - plain.decode_s == pytest.approx(250 * plain.kv_bytes / 2 * (1 / 20e9 - 1 / 2e12))
     assert peak(1000, Levers(host=1.0)).concurrency == float("inf")
 
@@ -76,6 +77,16 @@ def test_reached_rates_are_those_of_plan_serve() -> None:
     assert row.prefill_s == pytest.approx(plan.ttft_ns.value / 1e9, rel=1e-6)
     assert int(row.concurrency) == plan.max_sequences
     assert row.switch_s == pytest.approx(2 * 50_000 * 245_760 / 2 / (25e9 * catalog.device(DEVICE).achievable.link))
+
+
+def test_reached_rates_read_what_is_offloaded_over_each_devices_own_link() -> None:
+    row = row_of(planned(50_000))
+    half, away = row(25_000, PLAIN), row(50_000, Levers(host=0.5))
+    link = 25e9 * catalog.device(DEVICE).achievable.link
+    assert away.decode_s == pytest.approx(half.decode_s + 250 * (25_000 * 245_760 / 2) / link, rel=1e-6)
+    assert away.switch_s == pytest.approx(half.switch_s)
+    assert away.concurrency == pytest.approx(half.concurrency)
+    assert away.prefill_s > half.prefill_s
 
 
 @pytest.mark.parametrize("rates", ["peak", "reached"])

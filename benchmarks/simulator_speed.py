@@ -2,6 +2,7 @@
 
     python benchmarks/simulator_speed.py --data ../shared/data/traces
     python benchmarks/simulator_speed.py --data ../shared/data/traces --cases azure-4 fleet-100k --repeats 1
+    MEGALITH_PURE_PYTHON=1 python benchmarks/simulator_speed.py --data ../shared/data/traces
     python benchmarks/simulator_speed.py --report
 
 Everything is on: router, recorder, samples of all instances, service level, hash of all decisions. CPU seconds are user
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import history
 import machine
 
+from megalith.base import compiled
 from megalith.sim.run import Run
 from megalith.sim.scenario import Scenario
 from megalith.specs.fleet import FleetSpec, LinkSpec, PolicySpec, PoolSpec
@@ -166,7 +168,8 @@ def main() -> None:
         repeats = 1 if name.startswith("fleet") else options.repeats
         row = best_of(name, options.data, options.core, repeats)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        head = {"date": date, **stamp, "kind": "simulator-speed", "case": name, "arm": "megalith", "about": case.about}
+        arm = "compiled" if compiled.active() else "plain Python"
+        head = {"date": date, **stamp, "kind": "simulator-speed", "case": name, "arm": arm, "about": case.about}
         history.append([{**head, "instances": case.instances, "router": case.router, "wanted": case.wanted, **row}])
         print(
             f"{name}: {row['requests_cpu_s']:,.0f} requests a CPU second (wanted {case.wanted:,.0f}), "

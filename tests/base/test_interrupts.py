@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
 from megalith.base.interrupts import held_interrupts
 
 
-def test_it_comes_when_the_block_is_over() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), held_interrupts():
+def interrupted(then: Callable[[], object]) -> None:
+    with held_interrupts():
         os.kill(os.getpid(), signal.SIGINT)
-        done.append(1)
+        then()
+
+
+def test_it_comes_when_the_block_is_over() -> None:
+    done: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(lambda: done.append(1))
     assert done == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_error_inside_goes_first() -> None:
-    with pytest.raises(ZeroDivisionError), held_interrupts():
-        os.kill(os.getpid(), signal.SIGINT)
-        _ = 1 // 0
+    with pytest.raises(ZeroDivisionError):
+        interrupted(lambda: 1 // 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -78,6 +78,20 @@ def test_the_same_calls_get_the_same_answers(name: str, clusters: Any, seed: int
         assert one.route(request(index), view) == two.route(request(index), view)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "splitwise"])
+def test_one_of_ones_own_may_inherit_from_any_that_ships(name: str) -> None:
+    """Also where those are compiled: what it overrides is what the rule calls."""
+    entry = ROUTERS[name]
+    base: Any = entry.make
+
+    class Last(base):
+        def pick(self, request: Any, instances: Sequence[Any]) -> Any:
+            return instances[-1]
+
+    route = Last(entry.options(), 0).route(request(0), Seen(many(*[Facts()] * 4)))
+    assert route.instance == 3
+
+
 def test_prompts_on_mixed_instances_beside_a_prefill_pool_decode_where_they_are() -> None:
     roles: tuple[Role, ...] = ("prefill", "decode", "mixed")
     instances = many(*(Facts(role=role) for role in roles))

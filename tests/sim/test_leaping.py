@@ -35,6 +35,7 @@ class Setting:
     preempt: PreemptMode
     router: str
     tick_ns: int | None
+    swap_block_ps: int = 0
 
 
 @dataclass
@@ -96,7 +97,9 @@ def run(setting: Setting, work: list[tuple[Request, int]], leap: bool) -> tuple[
         kv = KvAccount(setting.blocks, BLOCK_TOKENS, 10 if setting.preempt == "swap" else 0)
         limits = Limits(max_sequences=setting.sequences, preempt=setting.preempt)
         scheduler = Scheduler(by_name(setting.policy, setting.budget), kv, limits)
-        return Instance(instance_id, cluster.kernel, scheduler, timer, cluster, leap)
+        instance = Instance(instance_id, cluster.kernel, scheduler, timer, cluster, leap)
+        instance.swap_block_ps = setting.swap_block_ps
+        return instance
 
     kernel, ledger = Kernel(), Ledger()
     watcher = Watcher(setting.tick_ns or 1)
@@ -128,6 +131,7 @@ def settings_(draw: st.DrawFn) -> Setting:
         preempt=draw(st.sampled_from(["recompute", "swap"])),
         router=draw(st.sampled_from(["least-outstanding", "round-robin", "least-kv", "least-tokens"])),
         tick_ns=draw(st.sampled_from([None, 7_001, 50_000])),
+        swap_block_ps=draw(st.sampled_from([0, 777_013])),
     )
 
 
@@ -165,3 +169,20 @@ def test_a_leap_saves_the_events_of_its_steps() -> None:
     (leapt, few), (stepped, many) = run(setting, work, True), run(setting, work, False)
     assert leapt == stepped
     assert few < 10 < 900 < many
+
+
+def test_a_step_waits_for_the_blocks_that_are_swapped_before_it() -> None:
+    """All come at once, so that time decides nothing: each copied block adds its time to the end, and no more."""
+    work = [(Request(number, 0, 12, 30), 30) for number in range(4)]
+    ends = []
+    for swap_block_ps in (0, 1_000_000, 2_000_000):
+        setting = Setting(1, "splitfuse", 64, 20, 4, "swap", "round-robin", None, swap_block_ps)
+        (ended, *_), _ = run(setting, work, leap=True)
+        assert sum(row[6] for row in ended) > 0, "nobody stepped aside"
+        ends.append(max(row[4] for row in ended))
+    copied, rest = divmod(ends[1] - ends[0], 1_000)
+    assert (copied > 0, rest) == (True, 0)
+    assert ends[2] - ends[0] == 2 * (ends[1] - ends[0])
+    recomputed, _ = run(Setting(1, "splitfuse", 64, 20, 4, "recompute", "round-robin", None, 2_000_000), work, True)
+    free, _ = run(Setting(1, "splitfuse", 64, 20, 4, "recompute", "round-robin", None), work, True)
+    assert recomputed == free, "nothing is copied where KV is computed again"

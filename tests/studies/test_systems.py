@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from megalith.policy.autoscale import FreenessScalingOptions
 from megalith.specs.lengths import FixedLength
 from megalith.studies import llumnix, splitwise
 from megalith.studies.run import StudyPoint
@@ -42,6 +43,21 @@ def test_answers_longer_than_the_context_of_the_model_card_are_run() -> None:
     e2e = result.latencies["e2e_ns"]
     assert e2e is not None
     assert e2e.mean > 599 * (25e6 + 4000 * 2200)
+
+
+def test_the_scaling_of_the_artifact_differs_in_two_things_only() -> None:
+    """Both arms of both experiments scale by the published rule: every 10 s, T and T + 50."""
+    for arm in ("llumnix", "dispatch-only"):
+        case = Case(arm, 25.0, 0, True)
+        plain, artifact = (task(case).scenario for task in (llumnix._scaling, llumnix._scaling_artifact))
+        scaler = plain.fleet.controllers[-1]
+        assert scaler.options == {"up_below": 25.0, "down_above": 75.0, "victim": "fewest"}
+        assert FreenessScalingOptions().period_s == 10.0
+        last = msgspec.structs.replace(scaler, options={**scaler.options, "victim": "last"})
+        fleet = msgspec.structs.replace(
+            plain.fleet, controllers=(*plain.fleet.controllers[:-1], last), heartbeat_s=llumnix.OLD_S
+        )
+        assert artifact == msgspec.structs.replace(plain, fleet=fleet)
 
 
 @pytest.mark.parametrize(

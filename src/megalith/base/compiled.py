@@ -47,6 +47,7 @@ MODULES = (
     "sim.pipelined",
     "sim.record",
     "sim.run",
+    "sim.series",
     "sim.transfer",
     "sim.view",
     "specs.replay",

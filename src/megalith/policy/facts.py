@@ -119,6 +119,12 @@ class StepPlan:
         return not self.decodes and not self.listed
 
     @property
+    def copied_blocks(self) -> int:
+        """Device blocks that are copied to or from host blocks before the forward pass."""
+        moves: tuple[Preempt | Resume, ...] = (*self.preempts, *self.resumes)
+        return sum([len(move.device_blocks) for move in moves])
+
+    @property
     def num_tokens(self) -> int:
         """Rows of the forward pass."""
         return self.decodes + sum([chunk.new_tokens for chunk in self.listed])

@@ -97,6 +97,7 @@ def later(request: Request, view: View, options: RouterOptions) -> Placement:
     )
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RoundRobin(RuleRouter):
     """One after the other, prompts and decodes counted apart. O(1)."""
 
@@ -120,6 +121,7 @@ class RoundRobin(RuleRouter):
         return chosen
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RandomChoice(RuleRouter):
     """Any of them, with equal chances, from the seed. O(1)."""
 
@@ -135,6 +137,7 @@ class RandomChoice(RuleRouter):
         return instances[splitmix64(self.seed, self._draws) * len(instances) >> 64]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LeastOutstanding(RuleRouter):
     """The fewest unfinished requests; the first of equals. splitwise-sim's jsq."""
 
@@ -145,6 +148,7 @@ class LeastOutstanding(RuleRouter):
         return min(instances, key=OUTSTANDING)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LeastTokens(RuleRouter):
     """The fewest queued_tokens; the first of equals. splitwise-sim's token_jsq."""
 
@@ -155,6 +159,7 @@ class LeastTokens(RuleRouter):
         return min(instances, key=queued_tokens)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class TwoChoices(RuleRouter):
     """The better of two drawn from the seed (Mitzenmacher, IEEE TPDS 2001). O(1), and hard to fool with old facts."""
 
@@ -180,6 +185,7 @@ class TwoChoices(RuleRouter):
         return one if load(one) <= load(two) else two
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LeastKv(RuleRouter):
     """The most spare_blocks; the first of equals."""
 
@@ -190,6 +196,7 @@ class LeastKv(RuleRouter):
         return max(instances, key=spare_blocks)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixAware(RuleRouter):
     """The longest cached prefix weighed against load, as NVIDIA Dynamo's KV router does it.
 
@@ -224,6 +231,7 @@ class PrefixAware(RuleRouter):
         return min(instances, key=lambda instance: self.cost(request, instance, computes=False))
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixThreshold(RuleRouter):
     """The longest cached prefix while loads are even, else the fewest outstanding: SGLang's cache_aware policy.
 
@@ -250,6 +258,7 @@ class PrefixThreshold(RuleRouter):
         return max(instances, key=spare_blocks)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ShortestQueue(RuleRouter):
     """The shortest prompt queue for the prompt, and the most unpromised memory for the decode. After DistServe.
 

@@ -35,7 +35,8 @@ class Instance:
         "_at_boundary", "_begun_ps", "_cohort", "_end_ps", "_finishes", "_first_ps", "_leap", "_listed_decodes",
         "_out", "_plan", "_prompt_tokens", "_running", "_slope_ps", "_steps", "_version", "busy_decode_ps",
         "busy_prompt_ps", "decode_tokens", "down", "facts", "id", "kernel", "lives", "prompt_steps_to",
-        "prompt_tokens", "scheduler", "stalled", "steps", "steps_to", "timer",
+        "prompt_tokens", "scheduler", "stalled", "steps", "steps_to", "swap_block_ps",
+        "timer",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,8 @@ class Instance:
         self.prompt_steps_to: Callable[[int, int, int], object] | None = None
         """Where steps are recorded (sim/gaps.py, StepSink) as long as nobody stalls and nothing else needs to hear of
         them; None: the outlet is told."""
+        self.swap_block_ps = 0
+        """What copying one block between device and host takes; a step waits for the copies before it."""
         self._out = out
         self._leap = leap
         self._cohort = scheduler.cohort
@@ -137,7 +140,7 @@ class Instance:
         plan, prompt_ps, decode_ps = self._plan, self.busy_prompt_ps, self.busy_decode_ps
         if plan is not None:
             under_way = max(0, min(now_ns * PS_PER_NS, self._end_ps) - self._begun_ps)
-            if plan.listed or plan.preempts:
+            if plan.listed or plan.preempts or plan.resumes:
                 prompt_ps += under_way
             else:
                 decode_ps += under_way
@@ -207,7 +210,7 @@ class Instance:
         most = heap[0][0] - cohort.clock if heap else 1
         self._plan = plan = self.scheduler.plan(most - 1)
         decodes = plan.decodes
-        if plan.listed or (decodes and plan.preempts):
+        if plan.listed or (decodes and (plan.preempts or plan.resumes)):
             self._begin_prompts(plan)
         elif decodes:
             first, slope, steps = self.timer.decode_line(decodes, plan.decode_context_sum, cohort.context_max())
@@ -249,6 +252,8 @@ class Instance:
                 parted.append((live, new))
         longest = cohort.context_max() if decodes else 0
         duration = self.timer.step_ps(prompts, decodes, plan.decode_context_sum, longest)
+        if plan.preempts or plan.resumes:
+            duration += plan.copied_blocks * self.swap_block_ps
         self._first_ps, self._slope_ps, self._steps, self._prompt_tokens = duration, 0, 1, tokens
         self._listed_decodes = listed_decodes
         self._end_ps = end_ps = self._begun_ps + duration
@@ -284,7 +289,7 @@ class Instance:
                     _, request_id, live = heappop(heap)
                     finished.append(live)
                     ids.append(request_id)
-            if plan.listed or plan.preempts:
+            if plan.listed or plan.preempts or plan.resumes:
                 self._end_prompts(plan, finished, ids)
             else:
                 self.scheduler.complete(plan, ids, steps)

@@ -150,7 +150,8 @@ class PipelinedInstance(Instance):
 
     def _send(self, plan: StepPlan, now_ps: int) -> None:
         decoding = [chunk.request_id for chunk in plan.listed if self._is_decode(chunk)]
-        stages_ps = self._stages_ps(plan, decoding)
+        copies_ps = plan.copied_blocks * self.swap_block_ps
+        stages_ps = [stage_ps + copies_ps for stage_ps in self._stages_ps(plan, decoding)]
         begun_ps = at_ps = last_ps = max(now_ps, self._free_ps[0])
         for stage, duration_ps in enumerate(stages_ps):
             last_ps = max(at_ps, self._free_ps[stage])

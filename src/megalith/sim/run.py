@@ -228,9 +228,16 @@ class Run:
     def _instance(self, instance_id: InstanceId, pool: PoolSpec, cluster: Cluster) -> Instance:
         kind = self.builder.kinds[pool.name]
         scheduler = self.builder.scheduler(pool)
+        instance: Instance
         if isinstance(scheduler, PipelinedScheduler):
-            return PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
-        return Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
+            instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
+        else:
+            instance = Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
+        # Each device copies its own share, over its own link.
+        shares = pool.tensor_parallel * pool.pipeline_parallel
+        block_bytes = kv_bytes_per_token(self.builder.spec, self.scenario.kv_format) * pool.block_tokens
+        instance.swap_block_ps = round(block_bytes * NS_PER_S * PS_PER_NS / (shares * pool.host_bytes_per_s))
+        return instance
 
     def _connect(self) -> None:
         fleet, spec = self.scenario.fleet, self.builder.spec

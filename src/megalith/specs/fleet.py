@@ -55,6 +55,8 @@ class PoolSpec(Config, kw_only=True):
     """Share of the blocks that stays free at admission."""
     preempt: Literal["recompute", "swap"] = "recompute"
     host_blocks: int = 0
+    host_bytes_per_s: float = 25e9
+    """Between one device and host memory, when KV is swapped: what copies reach over PCIe 4.0 x16 (32e9 on paper)."""
     power_cap: float | None = None
     """Fraction of the rated power; None is uncapped."""
     max_count: int | None = None
@@ -69,6 +71,7 @@ class PoolSpec(Config, kw_only=True):
         where = f" of pool {self.name!r}"
         for name, low in least.items():
             _bound(name, getattr(self, name), low, MOST_INSTANCES if name in ("count", "max_count") else 10**12, where)
+        _bound("host_bytes_per_s", self.host_bytes_per_s, 1e6, 1e13, where)
         _bound("watermark", self.watermark, 0, 0.99, where)
         _bound("power_cap", self.power_cap, 0.01, 1, where)
 

@@ -37,7 +37,10 @@ STAGES: dict[str, float] = {"max_stages": 2, "last_blocks": 0}
 """As in the artifact: everything complete, then what is new since."""
 RATES = (8.0, 8.5, 9.0, 9.5, 10.0, 10.5, 11.0, 11.5, 12.0, 13.0)
 TOKENS = (256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
-FREENESS = (3.0, 5.0, 10.0, 25.0, 45.0)
+FREENESS = (5.0, 10.0, 25.0, 45.0, 65.0, 85.0)
+"""T of the published runs that scale, and 10."""
+OLD_S = 1.0
+"""The published dispatcher learns of an instance once a step: what was there as the step began. An assumption."""
 KEEPS_UP_S = 10.0
 """A fleet with a longer P99 to the first token is overloaded: then migration has nowhere to move to."""
 _UNLOADED = f"while P99 without migration is below {KEEPS_UP_S:g} s"
@@ -141,14 +144,17 @@ def _move(case: Case) -> Simulated:
     return _task(_scenario(_fleet("", _pool(2), once), load, case.seed))
 
 
-def _scaling(case: Case) -> Simulated:
-    arrivals, requests = GammaArrivals(rate_per_s=2.0, cv=4.0), 500 if case.fast else 2500
+def _scaling(case: Case, heartbeat_s: float = 0.0, victim: str = "fewest") -> Simulated:
+    arrivals, requests = GammaArrivals(rate_per_s=2.0, cv=2.0), 500 if case.fast else 2500
     load = msgspec.structs.replace(workloads()["llumnix-l"].spec, arrivals=arrivals, requests=requests)
-    options = {"up_below": case.at, "down_above": case.at + 50, "min_count": 1, "max_count": INSTANCES, "period_s": 1.0}
+    options: dict[str, float | str] = {"up_below": case.at, "down_above": case.at + 50, "victim": victim}
     pool = _pool(INSTANCES // 2, INSTANCES, 10.0)
-    return _task(
-        _scenario(_fleet(case.arm, pool, PolicySpec(name="freeness-scaling", options=options)), load, case.seed)
-    )
+    fleet = _fleet(case.arm, pool, PolicySpec(name="freeness-scaling", options=options))
+    return _task(_scenario(msgspec.structs.replace(fleet, heartbeat_s=heartbeat_s), load, case.seed))
+
+
+def _scaling_artifact(case: Case) -> Simulated:
+    return _scaling(case, OLD_S, "last")
 
 
 def judge(results: Results) -> Judgement:
@@ -157,7 +163,6 @@ def judge(results: Results) -> Judgement:
     seeds = results.by_seed("rate", OFF.name, ON.name, "ttft_ns.p99")
     lines = {f"seed {seed}": {at: [value] for at, value in curve.items()} for seed, curve in seeds.items()}
     pause, copy = (results.middle("downtime", arm.name, "downtime_s", TOKENS[-1]) for arm in (LIVE, BLOCKING))
-    cost = [_cheapest(results, arm.name) for arm in (ON, OFF)]
     claim = STUDY.claim
     before, after = _preempted(results)
     findings = [
@@ -168,9 +173,7 @@ def judge(results: Results) -> Judgement:
         Finding(claim("downtime"), copy / pause if copy and pause else None, _ms(pause), _ms(copy)),
     ]
     if not results.fast:
-        saved = cost[0] / cost[1] if cost[0] and cost[1] else None
-        hours_on, hours_off = (f"{hours:.3g} h" if hours else "-" for hours in cost)
-        findings.append(Finding(claim("cost"), saved, hours_on, hours_off))
+        findings += [_cost(results, "scaling"), _cost(results, "scaling-artifact", _ARTIFACT, False)]
     pictures = [
         Picture("knee", "Prefill P99, dispatch only over migration", "requests/s", ratios=lines,
                 ylabel="times lower with migration", claim=("published", 14.8)),
@@ -183,7 +186,8 @@ def judge(results: Results) -> Judgement:
         Picture("cost", "A fleet that scales itself, by its threshold", "mean freeness to start more",
                 logarithmic=False,
                 panels={"instance hours": _both(results, "scaling", "instance_hours"),
-                        "TTFT P99, s": _both(results, "scaling", "ttft_ns.p99")}),
+                        "TTFT P99, s": _both(results, "scaling", "ttft_ns.p99"),
+                        "TTFT P99, s, as the artifact": _both(results, "scaling-artifact", "ttft_ns.p99")}),
     ]  # fmt: skip
     return Judgement(findings, _gates(results), {"seeds": _by_seed(results)}, pictures)
 
@@ -265,10 +269,16 @@ def _by_seed(results: Results) -> Table:
     return table
 
 
-def _cheapest(results: Results, arm: str) -> float | None:
+def _cheapest(results: Results, experiment: str, arm: str) -> float | None:
     """The least instance hours, over thresholds, with a P99 of at most 5 s."""
-    hours, p99 = (results.curve("scaling", arm, figure) for figure in ("instance_hours", "ttft_ns.p99"))
+    hours, p99 = (results.curve(experiment, arm, figure) for figure in ("instance_hours", "ttft_ns.p99"))
     return min((mean(hours[at]) for at in hours if median(p99[at]) <= EQUAL_P99_S), default=None)
+
+
+def _cost(results: Results, experiment: str, note: str = "", counts: bool = True) -> Finding:
+    on, off = (_cheapest(results, experiment, arm.name) for arm in (ON, OFF))
+    hours_on, hours_off = (f"{hours:.3g} h" if hours else "-" for hours in (on, off))
+    return Finding(STUDY.claim("cost"), on / off if on and off else None, hours_on, hours_off, note, counts)
 
 
 def _growth(curve: dict[float, list[float]]) -> float | None:
@@ -295,6 +305,8 @@ _SHOWN = {
     "TTFT mean, s": "ttft_ns.mean", "TTFT P99, s": "ttft_ns.p99", "TPOT P99, s": "tpot_ns.p99",
     "E2E P99, s": "e2e_ns.p99", "preemptions": "preemptions", "moves": "moves", "mean downtime, s": "downtime_s",
 }  # fmt: skip
+_ARTIFACT = f"facts up to {OLD_S:g} s old, the newest instance goes"
+_SHOWN_SCALING = {"instance hours": "instance_hours", "mean instances": "mean_instances", **_SHOWN}
 STUDY = Study(
     name="llumnix",
     title="Llumnix: live migration of running requests",
@@ -314,7 +326,7 @@ STUDY = Study(
         Claim("downtime", "pause of a blocking copy over a live one", "LLaMA-7B, 8,192 tokens", 64.7, (32.0, 130.0)),
         Claim(
             "cost", "instance hours at a prefill P99 of 5 s",
-            "lengths of mean 512/512, Gamma arrivals of CV 4, 2 requests/s, scaling by freeness", 0.64, (0.5, 0.75),
+            "lengths of mean 512/512, Gamma arrivals of CV 2, 2 requests/s, scaling by freeness", 0.73, (0.5, 0.75),
         ),
     ),
     experiments=(
@@ -324,8 +336,12 @@ STUDY = Study(
             shown={"pause, s": "downtime_s"},
         ),
         Experiment(
-            "scaling", "a fleet that scales itself", (ON, OFF), "mean freeness to start more", FREENESS, _scaling, 3,
-            (25.0,), shown={"instance hours": "instance_hours", "mean instances": "mean_instances", **_SHOWN},
+            "scaling", "a fleet that scales itself", (ON, OFF), "mean freeness to start more", FREENESS, _scaling, 5,
+            (25.0,), shown=_SHOWN_SCALING,
+        ),
+        Experiment(
+            "scaling-artifact", f"the same, {_ARTIFACT}", (ON, OFF), "mean freeness to start more", FREENESS,
+            _scaling_artifact, 5, (25.0,), shown=_SHOWN_SCALING,
         ),
     ),
     judge=judge,
@@ -343,5 +359,11 @@ STUDY = Study(
         "for longer than long ones.",
         "Scaling starts an instance within 10 s, an assumption. Hours are the least that any threshold needs for a "
         "median P99 of at most 5 s.",
+        "The published saving of 36 % is 14.25 instances over 10.44, less 1 (so 0.73 as a ratio), at thresholds of 65 "
+        "and 5; their P99 in the same figure is 4.6 s and 11.4 s. Read as the hours here, at most 5 s, the published "
+        "points give 11.39 over 14.25, 0.80; at equal thresholds they give 0.90 to 0.93.",
+        "Policies see exact facts here, and the instance with the fewest requests is drained, as in the paper. In the "
+        "artifact they see what each instance reports once a step, so a burst goes to one instance, and the instance "
+        "started last is drained, which dispatch alone waits for: the row in brackets.",
     ),
 )  # fmt: skip

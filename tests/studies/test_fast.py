@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megalith.specs.published_roofline import published_tables
 from megalith.studies.page import Report
 from megalith.studies.registry import study
 from megalith.studies.run import run_study, timings
@@ -46,3 +47,31 @@ def test_splitwise() -> None:
     broken = {row[1] for row in cells.rows if not row[3]}
     assert "Base-A100" in broken
     assert {"HA", "HHcap"}.isdisjoint(broken)
+
+
+def test_genz() -> None:
+    report = report_of("genz")
+    assert_passed(report)
+    assert report.natures == ["predicted"]
+    assert report.verdict == "reproduced"
+    # One roof alone misses by far where the other binds: a decode by its FLOPs, a dense prompt by its bytes.
+    tables = list(published_tables())
+    for name, roof in (("llama2-7b-decode", "compute"), ("llama2-7b-prefill", "memory")):
+        alone = report.results.middle("layers", roof, "ms", tables.index(name))
+        both = report.results.middle("layers", "both", "ms", tables.index(name))
+        assert alone is not None
+        assert both is not None
+        assert alone < 0.5 * both
+
+
+def test_long_context() -> None:
+    report = report_of("long-context")
+    assert_passed(report)
+    assert report.natures == ["predicted"]
+    words = {finding.claim.key: finding.word for finding in report.judgement.findings if finding.counts}
+    assert words.pop("users-4k") == "partly", "the published 20 do not follow from the formula"
+    assert words.pop("switch") == "exceeded", "bytes are counted, not GiB taken for GB"
+    assert words.pop("source-prefill") == "partly", "most of a longer prefill has no KV in it"
+    assert set(words.values()) == {"reproduced"}
+    assert report.verdict == "partly"
+    assert any("a100-80gb" in timing for timing in report.timings)

@@ -37,6 +37,16 @@ app.help_epilogue = _EXAMPLES
 app.command(
     "megalith.cli.plan_fleet:app", name="fleet", help="Find the cheapest fleet that keeps a service level under a load."
 )
+app.command(
+    "megalith.cli.plan_platform:app",
+    name="platform",
+    help="Say what a platform must have for a use case, and its links.",
+)
+app.command(
+    "megalith.cli.plan_context:app",
+    name="context",
+    help="Say what long contexts cost, and the ways back to a short one.",
+)
 
 
 @Parameter(name="*", group="What to plan")

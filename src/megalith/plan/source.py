@@ -12,6 +12,7 @@ from typing import Any
 from megalith.base.errors import ModelNotFound
 from megalith.cost.memory import WeightBytes, default_head_format, packed_bytes, weight_bytes
 from megalith.cost.parameters import count, expert_weights
+from megalith.plan import shapes
 from megalith.specs import catalog
 from megalith.specs.model import ModelSpec
 
@@ -71,6 +72,8 @@ def native_bytes(parts: dict[str, dict[str, int]], source: str) -> WeightBytes:
 
 def resolve(name: str) -> PlannedModel:
     """The model called `name`. Raises ModelNotFound with the nearest names, or ModelFormatError for a broken file."""
+    if shapes.is_shape(name):
+        return PlannedModel(name, shapes.hypothetical(name), {}, "hypothetical")
     path = Path(name).expanduser()
     if path.exists():
         return _from_path(path, path.stem, path.name)

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from megalith.studies.study import Study
 
 STUDIES: dict[str, str] = {
+    "genz": "GenZ: what a platform must have for a use case, by a roofline of operators, against one roof alone",
+    "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
 }
-"""By name, in the order of `--all`; the module of that name in this package has it as STUDY."""
+"""By name, in the order of `--all`; the module of that name (`_` for `-`) in this package has it as STUDY."""
 
 
 def study(name: str) -> Study:
@@ -24,5 +26,5 @@ def study(name: str) -> Study:
     if name not in STUDIES:
         near = difflib.get_close_matches(name.lower(), STUDIES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"There is no study {name!r}.", f"Did you mean {near!r}? Known: {', '.join(STUDIES)}.")
-    found: Study = importlib.import_module(f"megalith.studies.{name}").STUDY
+    found: Study = importlib.import_module(f"megalith.studies.{name.replace('-', '_')}").STUDY
     return found

@@ -81,8 +81,8 @@ def run_study_point(point: Point) -> PointResult:
 
 
 def timings(study: Study, results: Results) -> list[str]:
-    """How the steps of the simulated points were timed: every timing profile that was used, once."""
-    found: dict[str, None] = {}
+    """How steps were timed: every profile that was used, once."""
+    found: dict[str, None] = dict.fromkeys(study.profiles)
     for experiment in study.experiments:
         first: dict[str, Case] = {}
         for case in results.cases[experiment.name]:

@@ -182,6 +182,8 @@ class Study:
     judge: Callable[[Results], Judgement]
     differences: tuple[str, ...]
     """What differs from the publication, and why."""
+    profiles: tuple[str, ...] = ()
+    """What computed points are timed by, in words; simulated ones say so themselves."""
 
     def __post_init__(self) -> None:
         """ConfigError for a study without a claim or an experiment without a control."""

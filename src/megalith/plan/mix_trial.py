@@ -71,12 +71,15 @@ def run_mix(
 def deal(
     requests: Sequence[RequestShape], knows: Knows, keys: Sequence[tuple[int, ...]], shares: Sequence[Sequence[float]]
 ) -> list[list[RequestShape]]:
-    """The requests of each type, in order of arrival."""
+    """The requests of each type, in order of arrival. A size that no group has goes as the most similar group does."""
     groups = {key: group for group, key in enumerate(keys)}
     owed = [[0.0] * len(row) for row in shares]
     parts: list[list[RequestShape]] = [[] for _ in shares[0]]
     for request in requests:
-        group = groups[group_key(request.input_tokens, request.output_tokens, knows)]
+        key = group_key(request.input_tokens, request.output_tokens, knows)
+        if key not in groups:
+            groups[key] = groups[min(keys, key=lambda known: sum(abs(a - b) for a, b in zip(known, key, strict=True)))]
+        group = groups[key]
         credit = owed[group]
         for place, share in enumerate(shares[group]):
             credit[place] += share

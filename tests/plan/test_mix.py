@@ -21,7 +21,7 @@ from megalith.plan.fleet_bounds import Ability
 from megalith.plan.fleet_load import cut
 from megalith.plan.fleet_question import FleetQuestion, Shape
 from megalith.plan.mix import Offer, cheapest_mix, single
-from megalith.plan.mix_plan import add_mix, best_single, market, solve
+from megalith.plan.mix_plan import add_mix, best_single, check, market, solve
 from megalith.plan.mix_trial import deal, run_mix
 from megalith.specs.shape import RequestShape
 from megalith.specs.slo import parse_slo
@@ -157,9 +157,12 @@ def test_degenerate_loads() -> None:
 
 
 def test_without_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the minute that a search takes."""
     monkeypatch.setitem(sys.modules, "highspy", None)
     with pytest.raises(MachineError, match=r"megalith\[plan\]"):
         cheapest_mix([Offer("l4", 0.7)], [[1.0]])
+    with pytest.raises(MachineError, match="or plan single types without --mix"):
+        check(asked())
 
 
 @needs_solver

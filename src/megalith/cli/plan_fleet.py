@@ -108,11 +108,13 @@ def fleet(
         from megalith.report.plot import check_plot_path
 
         check_plot_path(plot)
+    if knows is not None:
+        from megalith.plan.mix_plan import add_mix, check
+
+        check(question)
     with progress("simulating" if not predict_only else "planning", None, "runs") as advance:
         plan = plan_fleet(question, simulate=not predict_only, workers=workers, advance=advance)
         if knows is not None:
-            from megalith.plan.mix_plan import add_mix
-
             plan = add_mix(plan, question, knows, advance=advance)
         if plot is not None:
             _draw(plot, plan, question, workers)

@@ -134,12 +134,20 @@ def _check(offers: Sequence[Offer], loads: Sequence[Sequence[float]], slices: in
                 raise ConfigError(f"Group {group} keeps {load:g} instances of {offer.name} busy.", "Give 0 or more.")
 
 
-def _solver(deadline_ns: int) -> Highs:
+def check_solver() -> None:
+    """Raise before the work, not after it: MachineError without the solver."""
     try:
         import highspy
     except ImportError:
         hint = "Install it with `pip install 'megalith[plan]'`, or plan single types without --mix."
         raise MachineError("highspy (the HiGHS solver) is not installed, so no mix can be found.", hint) from None
+    del highspy
+
+
+def _solver(deadline_ns: int) -> Highs:
+    check_solver()
+    import highspy
+
     make: Any = highspy.Highs  # its own types leave it out
     with _no_banner():
         highs: Highs = make()

@@ -18,7 +18,7 @@ from megalith.plan.fleet_answer import FleetPlan, MixAnswer, MixPart
 from megalith.plan.fleet_bounds import Ability, Limits, limits
 from megalith.plan.fleet_load import Load, cut
 from megalith.plan.fleet_question import FleetQuestion, Shape, Size
-from megalith.plan.mix import Mix, Offer, cheapest_mix, single
+from megalith.plan.mix import Mix, Offer, cheapest_mix, check_solver, single
 from megalith.plan.mix_table import Knows, loads, most_requests_per_s, sizes
 from megalith.plan.mix_trial import MixTrial, run_mix
 
@@ -52,10 +52,18 @@ class _Found(NamedTuple):
     trial: MixTrial | None
 
 
-def market(question: FleetQuestion, load: Load, knows: Knows) -> Market:
-    """The types of a question, with the load in groups. CapacityError when too much of it can be served by none."""
+def check(question: FleetQuestion) -> None:
+    """Raise what `add_mix` would, before any work: ConfigError for what a mix cannot be asked, MachineError without the
+    solver."""
+    check_solver()
     if question.minimise == "power":
         raise ConfigError("A mix is found for cost or devices, not for power.", "Use --minimise cost.")
+    if any(bound.limit_ns is None or bound.metric == "itl" for bound in question.slo.bounds):
+        raise ConfigError(f"A mix cannot be sized for {question.slo}.", "Give times: ttft=400ms,tpot=40ms@p90.")
+
+
+def market(question: FleetQuestion, load: Load, knows: Knows) -> Market:
+    """The types of a question, with the load in groups. CapacityError when too much of it can be served by none."""
     abilities, passed = [], []
     for device in dict.fromkeys(question.devices):
         for degree in sorted(set(question.tensor_parallel)):
@@ -147,10 +155,9 @@ def add_mix(
 
     Raises ConfigError for what a mix cannot be asked, MachineError without the solver.
     """
+    check(question)
     part, load, _ = cut(question.workload, question.seed, question.most_requests)
     question = msgspec.structs.replace(question, workload=part)
-    if any(bound.limit_ns is None or bound.metric == "itl" for bound in question.slo.bounds):
-        raise ConfigError(f"A mix cannot be sized for {question.slo}.", "Give times: ttft=400ms,tpot=40ms@p90.")
     try:
         places = market(question, load, knows)
         if plan.nature == "predicted":

@@ -216,8 +216,13 @@ def _agreement(results: Results, host_ms: float) -> Finding:
 def _savings(results: Results, name: str, title: str) -> Picture:
     arms = next(experiment.arms for experiment in STUDY.experiments if experiment.name == name)
     return Picture(
-        name, title, "requests/s", ylabel="cost over the mix's", claim=("no gain", 1.0),
-        ratios={arm.title: results.ratio(name, arm.name, ON.name, "cost") for arm in arms if arm is not ON},
+        name, title, "requests/s",
+        panels={
+            "USD an hour": {arm.title: results.curve(name, arm.name, "cost") for arm in (ON, OFF, *WORST)},
+            "cost over that of the mix": {
+                arm.title: results.ratio(name, arm.name, ON.name, "cost") for arm in arms if arm not in (ON, *WORST)
+            },
+        },
     )  # fmt: skip
 
 

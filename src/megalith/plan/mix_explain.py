@@ -21,7 +21,7 @@ def describe_mix(mix: MixAnswer, unit: str) -> list[str]:
         saved = "" if mix.saves is None else f", saves {mix.saves:.0%}"
         lines = [f"mix pays ({mix.nature}): {mix.title} for {price}{against}{saved}"]
     else:
-        lines = [f"mix does not pay here ({mix.nature}): the cheapest is {mix.title} for {price}{against}: {mix.why}"]
+        lines = [f"mix does not pay here ({mix.nature}): {mix.title} for {price}{against}: {mix.why}"]
     more = f"it needs {_KNOWS[mix.knows]}"
     if mix.factor != 1:
         more += f"; sized for {mix.factor:.3g} times the load"
@@ -46,5 +46,7 @@ def mix_table(mix: MixAnswer) -> Table:
         table.add(part.name, part.count, part.busy / part.count, part.requests, part.flags)
     if mix.shares:
         kept = ", ".join(f"{bound} by {share:.1%}" for bound, share in mix.shares.items())
-        table.notes.append(f"Simulated: {kept} of the requests; {mix.runs} mixes were run.")
+        table.notes.append(
+            f"Simulated: {kept} of the requests; {mix.runs} {'mix was' if mix.runs == 1 else 'mixes were'} run."
+        )
     return table

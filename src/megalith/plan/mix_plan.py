@@ -228,10 +228,9 @@ def _none_pays(
     if tried:
         found = tried[max(tried)]
         assert found.trial is not None
-        why = (
-            f"every mix that costs less breaks {found.trial.breaks}: {found.trial.shares[found.trial.breaks]:.1%} of "
-            "the requests keep it with this one"
-        )
+        broken, number = found.trial.breaks, len(tried)
+        which = "the one cheaper mix that was tried breaks" if number == 1 else f"all {number} that were tried break"
+        why = f"{which} {broken}, which {found.trial.shares[broken]:.1%} of the requests keep with this one"
     else:
         found = _Found(1.0, solve(places, slices=slices, most_devices=question.most_devices), None)
         why = "it is no cheaper by arithmetic already"

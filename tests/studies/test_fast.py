@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
+
 from megalith.specs.published_roofline import published_tables
 from megalith.studies.page import Report
 from megalith.studies.registry import study
@@ -75,3 +79,15 @@ def test_long_context() -> None:
     assert set(words.values()) == {"reproduced"}
     assert report.verdict == "partly"
     assert any("a100-80gb" in timing for timing in report.timings)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("highspy") is None, reason="highspy (extra `plan`) is not installed")
+def test_melange() -> None:
+    report = report_of("melange")
+    assert_passed(report)
+    by_note = {(finding.claim.key, finding.note): finding for finding in report.judgement.findings}
+    words = {key: finding.word for (key, _), finding in by_note.items() if finding.counts}
+    assert words["worked"] == "reproduced"
+    # Which type is better is not as published, and knowing the size of a request is worth nothing in that.
+    assert words["cells"] == "not reproduced"
+    assert report.verdict == "partly"

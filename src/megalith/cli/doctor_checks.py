@@ -223,6 +223,8 @@ def dependencies() -> Iterable[Finding]:
         yield Finding("text", "bad", what, "pip install 'megalith[engine]'.")
     if _version("matplotlib") is None:
         yield Finding("plots", "warn", "no matplotlib: `--plot` cannot draw", "pip install 'megalith[analysis]'.")
+    if _version("highspy") is None:
+        yield Finding("mixes", "warn", "no highspy: `plan fleet --mix` cannot solve", "pip install 'megalith[plan]'.")
     try:
         declared = importlib.metadata.requires("megalith") or []
     except importlib.metadata.PackageNotFoundError:

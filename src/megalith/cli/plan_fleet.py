@@ -14,6 +14,7 @@ from megalith.cli.output import JsonFlag, print_json, progress, result_console
 if TYPE_CHECKING:
     from megalith.plan.fleet_answer import FleetPlan
     from megalith.plan.fleet_question import FleetQuestion
+    from megalith.plan.mix_table import Knows
 
 app = App(
     name="fleet",
@@ -33,7 +34,9 @@ Examples:
   megalith plan fleet --trace azure-conv --rate 40 --model llama-3.1-70b \\
       --slo ttft=1s@p90,tpot=60ms@p90 --device h100-sxm --minimise power
   megalith plan fleet --trace azure-code --model qwen3-32b --slo ttft=2s,tpot=80ms \\
-      --device h200 --price h200=6.1 --setup mixed --predict-only"""
+      --device h200 --price h200=6.1 --setup mixed --predict-only
+  megalith plan fleet --trace azure-conv --rate 8 --model llama-2-7b --mix prompt \\
+      --slo ttft=2s,tpot=120ms --device l4 --device a10g --device a100-80gb"""
 app.help_epilogue = _EXAMPLES
 
 
@@ -60,6 +63,8 @@ class Fleet:
     """mixed, llumnix, splitwise, distserve or all."""
     tensor_parallel: str = "1,2,4,8"
     """Devices of an instance that may be tried."""
+    mix: str = "no"
+    """Whether a mix of devices is cheaper: no (not asked), or what its router knows: prompt (its length) or sizes."""
     rate: float | None = None
     """Requests a second: the workload at another rate."""
     requests: int = 20_000
@@ -97,13 +102,20 @@ def fleet(
     """Search and explain."""
     from megalith.plan.fleet import plan_fleet
 
-    question = make_question(what or Fleet(), how or Details())
+    what = what or Fleet()
+    question, knows = make_question(what, how or Details()), _knows(what.mix)
     if plot is not None:
         from megalith.report.plot import check_plot_path
 
         check_plot_path(plot)
+    if knows is not None:
+        from megalith.plan.mix_plan import add_mix, check
+
+        check(question)
     with progress("simulating" if not predict_only else "planning", None, "runs") as advance:
         plan = plan_fleet(question, simulate=not predict_only, workers=workers, advance=advance)
+        if knows is not None:
+            plan = add_mix(plan, question, knows, advance=advance)
         if plot is not None:
             _draw(plot, plan, question, workers)
     if json:
@@ -144,6 +156,12 @@ def make_question(what: Fleet, how: Details) -> FleetQuestion:
     )  # fmt: skip
 
 
+def _knows(text: str) -> Knows | None:
+    if text not in ("no", "prompt", "sizes"):
+        raise ConfigError(f"--mix {text} is nothing that a router may know.", "Choose no, prompt or sizes.")
+    return None if text == "no" else text  # type: ignore[return-value]
+
+
 def _degrees(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -166,11 +184,14 @@ def _prices(texts: tuple[str, ...]) -> dict[str, float]:
 
 def _print(plan: FleetPlan) -> None:
     from megalith.plan.fleet_explain import choice_table, headline, passed_table
+    from megalith.plan.mix_explain import mix_table
 
     console = result_console()
     for line in headline(plan):
         console.print(line, soft_wrap=True)
     console.print(choice_table(plan).to_rich())
+    if plan.mix is not None and plan.mix.parts:
+        console.print(mix_table(plan.mix).to_rich())
     if plan.passed:
         console.print(passed_table(plan).to_rich())
 

@@ -106,7 +106,7 @@ def _print(report: Report, out: Path) -> None:
 
     console = result_console()
     console.print(f"{report.study.title}", style="bold", soft_wrap=True)
-    console.print(f"{' and '.join(report.natures)}; {'; '.join(report.timings)}", soft_wrap=True)
+    console.print("; ".join([" and ".join(report.natures), *report.timings]), soft_wrap=True)
     print_tables({"claims": claims_table(report), "gates": gates_table(report)}, json=False)
     for failure in report.results.failures:
         warn(f"no result: {failure}")

@@ -351,7 +351,9 @@ class Search:
         if nature == "simulated" and self._sample() < load.requests:
             what = f"Kinds were first compared on {self._sample():,} requests, the best then on all {load.requests:,}."
             notes.append(what)
-        notes.append("Not searched: pools of different devices, pipeline parallelism, other batch policies and limits.")
+        notes.append(
+            "Not searched: pools of different devices (but see --mix), pipelines, other batch policies and limits."
+        )
         return FleetPlan(
             format=FORMAT, nature=nature, minimise=question.minimise, model=question.model, slo=str(question.slo),  # type: ignore[arg-type]
             load=question.workload.name or "drawn", rate_per_s=load.rate_per_s, requests=load.requests,

@@ -11,6 +11,7 @@ import msgspec
 
 from megalith.plan.fleet_question import Objective, Shape, Size
 from megalith.plan.fleet_trial import Trial
+from megalith.plan.mix_table import Knows
 
 FORMAT = "megalith.plan-fleet/1"
 
@@ -63,6 +64,52 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     breaks: str
 
 
+class MixPart(msgspec.Struct, frozen=True, kw_only=True):
+    """The instances of one type in a mix."""
+
+    name: str
+    flags: str
+    """For `megalith simulate`, with this type's part of the load."""
+    count: int
+    busy: float
+    """Instances that its part of the planned load keeps busy, by the throughput table; predicted."""
+    requests: int | None
+    """That it got in the simulated run; None without one."""
+
+
+class MixAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a mix of types is cheaper than the best fleet of one type."""
+
+    nature: Literal["simulated", "predicted"]
+    knows: Knows
+    """What the router between the types looks at."""
+    pays: bool
+    why: str
+    """Why it does not pay, where it does not."""
+    parts: list[MixPart] = []
+    objective: float | None = None
+    control: float | None = None
+    """What the best fleet of one type costs."""
+    against: str | None = None
+    """Which one that is."""
+    saves: float | None = None
+    """Share of the control's; negative when the mix is dearer."""
+    factor: float = 1.0
+    """The load is over-provisioned by this."""
+    proven: bool = True
+    """That no mix is cheaper, by the throughput table and under this factor."""
+    good: float | None = None
+    """Share of the requests within every bound; None where it was not simulated."""
+    shares: dict[str, float] = {}
+    """By promise: the share of the requests that keep it."""
+    runs: int = 0
+
+    @property
+    def title(self) -> str:
+        """In a few words."""
+        return " + ".join(f"{part.count} x {part.name}" for part in self.parts)
+
+
 class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The answer."""
 
@@ -90,3 +137,5 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
     timing: dict[str, str]
     """By device: where its step times come from."""
+    mix: MixAnswer | None = None
+    """None: not asked for."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megalith.plan.fleet_answer import Choice, FleetPlan, Headroom, Passed
 from megalith.plan.fleet_question import Objective
 from megalith.plan.fleet_trial import Trial, scarce
+from megalith.plan.mix_explain import describe_mix
 from megalith.report.table import Column, Table, render_number
 
 _UNITS: dict[Objective, str] = {"cost": "$/h", "power": "W", "devices": "devices"}
@@ -95,6 +96,8 @@ def headline(plan: FleetPlan) -> list[str]:
             )
     lines.append(f"simulate it: {winner.flags}")
     lines += [f"set-up: {line}" for line in plan.mechanisms]
+    if plan.mix is not None:
+        lines += describe_mix(plan.mix, _UNITS[plan.minimise])
     return lines
 
 

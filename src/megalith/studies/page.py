@@ -192,7 +192,8 @@ def write(report: Report, out: Path) -> Path:
 def _draw(report: Report, picture: Picture, folder: Path) -> tuple[str, str]:
     path = folder / f"{picture.name}.png"
     nature = report.natures[0]
-    caption = Caption(picture.title, {"study": report.study.name, "timing": "; ".join(report.timings)}, nature)
+    timing = {"timing": "; ".join(report.timings)} if report.timings else {}
+    caption = Caption(picture.title, {"study": report.study.name, **timing}, nature)
     if picture.ratios:
         plot_knee(path, caption, picture.ylabel, picture.ratios, picture.claim, xlabel=picture.axis)
     else:

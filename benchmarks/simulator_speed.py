@@ -19,6 +19,7 @@ import json
 import resource
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +170,8 @@ def main() -> None:
         row = best_of(name, options.data, options.core, repeats)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         arm = "compiled" if compiled.active() else "plain Python"
+        if "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS")):
+            arm += ", optimised CPython"
         head = {"date": date, **stamp, "kind": "simulator-speed", "case": name, "arm": arm, "about": case.about}
         history.append([{**head, "instances": case.instances, "router": case.router, "wanted": case.wanted, **row}])
         print(

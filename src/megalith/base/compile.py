@@ -54,7 +54,6 @@ def build() -> Path:
 def _compile(made: Path, scratch: Path) -> None:
     files = [str(source(name).relative_to(PACKAGE.parent)) for name in MODULES]
     words = [*_FLAGS, "--cache-dir", str(scratch / "cache"), *files]
-    # The compiled modules of today must not be what mypyc itself or its set-up imports.
     environment = {**os.environ, "MYPYPATH": str(PACKAGE.parent)}
     run([sys.executable, "-c", _SCRIPT, str(made), str(scratch), *words], _DEADLINE_S, PACKAGE.parent, environment)
     if not made.is_dir():

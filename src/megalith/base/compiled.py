@@ -10,17 +10,14 @@ Knows files and names; must not know what the modules do. Standard library only,
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-import sysconfig
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+# What is imported here is imported by `import megalith`: nothing that takes milliseconds.
 PACKAGE = Path(__file__).resolve().parents[1]
 HOME = PACKAGE / "compiled"
 """Holds one folder for each state of the sources that was built."""
@@ -66,6 +63,9 @@ PURE = "MEGALITH_PURE_PYTHON"
 
 def folder() -> Path:
     """Where these modules lie once they are compiled: the name changes with every source, interpreter and machine."""
+    import hashlib
+    import sysconfig
+
     digest = hashlib.sha256(repr((MODULES, sys.version, sysconfig.get_platform())).encode())
     for floor in FLOORS:
         for path in sorted((PACKAGE / floor).glob("*.py")):
@@ -89,8 +89,8 @@ def install() -> None:
         sys.meta_path.insert(0, Compiled())
 
 
-class Compiled(MetaPathFinder):
-    """Finds MODULES in the folder of the compiled ones."""
+class Compiled:
+    """A finder for `sys.meta_path`: MODULES in the folder of the compiled ones."""
 
     def __init__(self) -> None:
         self._names = frozenset(f"megalith.{name}" for name in MODULES) | {LIBRARY}
@@ -112,8 +112,10 @@ class Compiled(MetaPathFinder):
         path: Sequence[str] | None = None,  # noqa: ARG002 - names that finders have
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
-        """See MetaPathFinder."""
+        """See importlib.abc.MetaPathFinder."""
         if fullname not in self._names or self.folder is None:
             return None
-        file = self.folder.joinpath(*fullname.split("."))
-        return spec_from_file_location(fullname, file.with_name(file.name + EXTENSION_SUFFIXES[0]))
+        file = str(self.folder.joinpath(*fullname.split("."))) + EXTENSION_SUFFIXES[0]
+        spec = ModuleSpec(fullname, ExtensionFileLoader(fullname, file), origin=file)
+        spec.has_location = True
+        return spec

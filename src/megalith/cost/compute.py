@@ -93,7 +93,7 @@ class CostModel:
         """Layer weights that a step of `rows` rows reads; of routed experts the expected number of distinct ones."""
         if not self.weights.experts:
             return float(self.weights.layers + self.weights.vectors)
-        idle = (1.0 - self.spec.experts_per_token / self.spec.num_experts) ** rows
+        idle = counting.idle_experts(self.spec, rows)
         return self._dense_bytes + self.weights.experts * (1.0 - idle)
 
     def step(self, shape: StepShape) -> StepCost:

@@ -138,3 +138,8 @@ def training_flops(spec: ModelSpec, tokens: int, sequence: int) -> int:
     macs = layer_macs(spec) + head_macs(spec)
     attention = 2 * spec.num_layers * spec.num_heads * spec.head_dim * sequence
     return 3 * 2 * (macs + attention) * tokens
+
+
+def idle_experts(spec: ModelSpec, rows: int) -> float:
+    """The expected share of a layer's routed experts that a step of `rows` rows does not meet, tokens routed evenly."""
+    return (1.0 - spec.experts_per_token / spec.num_experts) ** rows

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from megalith.cost.memory import bits_per_weight
+from megalith.cost.parameters import idle_experts
 from megalith.specs.model import ModelSpec
 
 Bound = Literal["compute", "memory", "links"]
@@ -164,7 +165,7 @@ def _ffn(spec: ModelSpec, work: Work, devices: int, matrix: Matrix) -> list[Oper
     wide = 2 if spec.gated_ffn else 1
     if not spec.num_experts:
         return [matrix("up", spec.hidden, wide * inner), matrix("down", inner, spec.hidden)]
-    met = spec.num_experts * (1.0 - (1.0 - spec.experts_per_token / spec.num_experts) ** work.rows)
+    met = spec.num_experts * (1.0 - idle_experts(spec, work.rows))
     each = work.rows * spec.experts_per_token / met
     return [
         matrix("gate", -(-spec.hidden // devices), spec.num_experts, on_chip=False),

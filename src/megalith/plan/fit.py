@@ -15,7 +15,7 @@ from megalith.cost.memory import blocks_for, device_block_bytes
 from megalith.cost.profile import RunnerKind
 from megalith.plan import machine
 from megalith.plan.explain import plan_text
-from megalith.plan.request import ServeRequest, blocks_that_fit, check
+from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, check
 from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
 from megalith.specs.plan import ServePlan
@@ -26,7 +26,6 @@ SPEED_CONTEXT = 1024
 """Context of the speeds that the serving verbs print; few requests are longer."""
 _KV_SHARE = 0.25
 """Part of the free memory that KV may take when no limit was given."""
-_CUDA_SHARE = 0.9
 
 
 class EngineSettings(Protocol):
@@ -132,7 +131,7 @@ def memory_limit(given: int | None, kind: RunnerKind, device_bytes: int) -> tupl
     if given is not None:
         return given, "given"
     if kind == "cuda":
-        return round(_CUDA_SHARE * device_bytes), f"{_CUDA_SHARE:.0%} of the device"
+        return round(DEVICE_SHARE * device_bytes), f"{DEVICE_SHARE:.0%} of the device"
     free = machine.available_memory_bytes()
     margin = max(256 * MIB, free // 20)
     return max(free - margin, 1), f"{format_bytes(free)} free less {format_bytes(margin)}"

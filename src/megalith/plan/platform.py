@@ -19,12 +19,10 @@ from megalith.cost.memory import kv_bytes_per_token, weight_bytes
 from megalith.cost.parameters import count as count_parameters
 from megalith.cost.profile import from_device, number_for
 from megalith.cost.roofline import Operator, Platform
+from megalith.plan.request import DEVICE_SHARE
 from megalith.specs.device import DeviceSpec
 from megalith.specs.model import ModelSpec
 from megalith.specs.use_case import UseCase
-
-USABLE_MEMORY = 0.9
-"""Part of a catalogue device's memory that a plan may fill, as in `plan serve`."""
 
 
 class PlatformQuestion(Config, kw_only=True):
@@ -142,7 +140,7 @@ def device_counts(plan: PlatformPlan, weight_format: str, devices: Sequence[Devi
         number, reach = number_for(weight_format, device), device.achievable
         compute = reach.compute.get(number, min(reach.compute.values())) * device.peak_flops_per_s(number)
         needs = {
-            "capacity": plan.memory_bytes / (USABLE_MEMORY * device.memory_bytes),
+            "capacity": plan.memory_bytes / (DEVICE_SHARE * device.memory_bytes),
             "compute": plan.flops_per_s / compute,
             "memory bandwidth": plan.memory_bytes_per_s / (reach.memory * device.memory_bytes_per_s),
         }

@@ -10,7 +10,7 @@ import msgspec
 from megalith.base.units import MIB, format_bytes
 from megalith.cost.memory import SHRINKING, WeightBytes, bits_per_weight, blocks_for, weight_bytes
 from megalith.cost.profile import from_device
-from megalith.plan.request import ServeRequest, blocks_that_fit, need_bytes
+from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, need_bytes
 from megalith.plan.source import native_bytes, weight_bytes_by_part
 from megalith.specs import catalog
 from megalith.specs.plan import Remedy
@@ -104,7 +104,7 @@ def _bigger_device(request: ServeRequest) -> list[Remedy]:
                 continue
             profile = from_device(device)
             changed = msgspec.structs.replace(
-                request, profile=profile, limit_bytes=round(0.9 * device.memory_bytes), devices=degree,
+                request, profile=profile, limit_bytes=round(DEVICE_SHARE * device.memory_bytes), devices=degree,
                 weights=_on_device(request),
             )  # fmt: skip
             if device.name == request.profile.name and degree == request.devices:

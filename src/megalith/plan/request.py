@@ -12,6 +12,9 @@ from megalith.cost.profile import Profile
 from megalith.specs.model import ModelSpec
 from megalith.specs.plan import MemoryLine
 
+DEVICE_SHARE = 0.9
+"""Part of an accelerator's memory that a plan may fill when no limit was given."""
+
 
 class ServeRequest(Config, kw_only=True):
     """What is to be planned. Sizes in bytes are of one device."""

@@ -104,7 +104,6 @@ def test_no_compiler_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiled, "HOME", tmp_path)
-    monkeypatch.setattr(building, "HOME", tmp_path)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert building.main() == 1
     assert "no-such-compiler is not installed" in capsys.readouterr().err
@@ -121,8 +120,8 @@ def test_what_the_compiler_says_comes_through_and_nothing_is_left(
     (package / "policy" / "kv.py").write_text("def broken(: pass\n")
     for module in (compiled, building):
         monkeypatch.setattr(module, "PACKAGE", package)
-        monkeypatch.setattr(module, "HOME", tmp_path / "out")
         monkeypatch.setattr(module, "MODULES", ("policy.kv",))
+    monkeypatch.setattr(compiled, "HOME", tmp_path / "out")
     with pytest.raises(BuildFailed, match=r"kv\.py:1: error"):
         building.build()
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

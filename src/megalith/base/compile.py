@@ -8,18 +8,14 @@ Takes about a minute, and nothing when they are there. Needs mypy and setuptools
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from megalith.base.compiled import GROUP, HOME, MODULES, PACKAGE, folder, source
-from megalith.base.toolchain import BuildFailed, locked, require_compiler, run
+from megalith.base.compiled import GROUP, MODULES, PACKAGE, folder, source
+from megalith.base.toolchain import BuildFailed, build_once, run
 
 _DEADLINE_S = 900.0
-_KEEP_S = 3600.0
-"""Folders of older sources stay this long: a process may be about to read them."""
 _FLAGS = ("--follow-imports=silent", "--ignore-missing-imports")
 _SCRIPT = f"""
 import sys
@@ -37,33 +33,18 @@ setup(name={GROUP!r}, ext_modules=extensions, script_args=words)
 
 def build() -> Path:
     """Compile, unless that was done; the folder. Safe against other processes that do the same. Raises BuildFailed."""
-    target = folder()
-    if target.is_dir():
-        return target
-    require_compiler()
-    HOME.mkdir(parents=True, exist_ok=True)
-    with locked(HOME / ".lock"), tempfile.TemporaryDirectory(prefix=".core-", dir=HOME) as scratch:
-        if not target.is_dir():
-            made = Path(scratch) / "out"
-            _compile(made, Path(scratch))
-            os.replace(made, target)
-            _remove_old(target)
-    return target
+    return build_once(folder(), ".lock", _compile)
 
 
-def _compile(made: Path, scratch: Path) -> None:
+def _compile(_compiler: list[str], scratch: Path) -> Path:
+    made = scratch / "out"
     files = [str(source(name).relative_to(PACKAGE.parent)) for name in MODULES]
     words = [*_FLAGS, "--cache-dir", str(scratch / "cache"), *files]
     environment = {**os.environ, "MYPYPATH": str(PACKAGE.parent)}
     run([sys.executable, "-c", _SCRIPT, str(made), str(scratch), *words], _DEADLINE_S, PACKAGE.parent, environment)
     if not made.is_dir():
         raise BuildFailed("mypyc made nothing")
-
-
-def _remove_old(keep: Path) -> None:
-    for old in HOME.glob("core-*"):
-        if old != keep and time.time() - old.stat().st_mtime > _KEEP_S:
-            shutil.rmtree(old, ignore_errors=True)
+    return made
 
 
 def main() -> int:

@@ -10,13 +10,16 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 LOCK_S = 300.0
 """Deadline of waiting for another process that builds the same."""
+_KEEP_S = 3600.0
+"""What was built from older sources stays this long: a process may be about to read it."""
 
 
 class BuildFailed(Exception):
@@ -39,6 +42,32 @@ def require_compiler() -> list[str]:
     if compiler is None:
         raise BuildFailed(f"no C compiler: {os.environ.get('CC') or 'none of cc, gcc and clang'} is not installed")
     return compiler
+
+
+def build_once(target: Path, lock: str, make: Callable[[list[str], Path], Path]) -> Path:
+    """`target` (KIND-DIGEST, a file or a folder), made now unless it is there: `make` gets the compiler and a scratch
+    folder, and what it returns is moved into place. Safe against other processes that do the same. Raises BuildFailed.
+    """
+    if target.exists():
+        return target
+    compiler, folder, kind = require_compiler(), target.parent, target.name.partition("-")[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / lock), tempfile.TemporaryDirectory(prefix=f".{kind}-", dir=folder) as scratch:
+        if not target.exists():
+            os.replace(make(compiler, Path(scratch)), target)
+            _remove_old(target, kind)
+    return target
+
+
+def _remove_old(keep: Path, kind: str) -> None:
+    """What was built from older sources. A process that has it loaded keeps it."""
+    for old in keep.parent.glob(f"{kind}-*{keep.suffix}"):
+        if old == keep or time.time() - old.stat().st_mtime <= _KEEP_S:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -129,9 +129,12 @@ def disk() -> Iterable[Finding]:
 
 def compiler() -> Iterable[Finding]:
     """The C compiler that builds the native backend."""
-    wanted = os.environ.get("CC", "").split()[:1] or ["cc", "gcc", "clang"]
-    found = next((path for name in wanted if (path := shutil.which(name)) is not None), None)
+    from megalith.base.toolchain import find_compiler
+
+    command = find_compiler()
+    found = shutil.which(command[0]) if command else None
     if found is None:
+        wanted = os.environ.get("CC", "").split()[:1] or ["cc", "gcc", "clang"]
         what = f"no C compiler ({', '.join(wanted)}): the native backend cannot be built on this machine"
         lost = "Where it is not built already, torch serves, several times slower. Install one: apt install gcc."
         yield Finding("compiler", "warn", what, lost)

@@ -10,15 +10,13 @@ import ctypes
 import hashlib
 import os
 import platform
-import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalith.base.home import home_dir
-from megalith.base.toolchain import BuildFailed, find_compiler, locked, require_compiler, run
+from megalith.base.toolchain import BuildFailed, build_once, find_compiler, run
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "c"
@@ -100,16 +98,7 @@ def build(folder: Path, variants: Sequence[str] | None = None) -> Path:
     """
     variants = tuple(default_variants() if variants is None else variants)
     target = folder / library_name(variants)
-    if target.is_file():
-        return target
-    compiler = require_compiler()
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".native.lock"), tempfile.TemporaryDirectory(prefix=".native-", dir=folder) as scratch:
-        if not target.is_file():
-            made = _compile_and_link(compiler, Path(scratch), variants)
-            os.replace(made, target)
-            _remove_old(folder, target)
-    return target
+    return build_once(target, ".native.lock", lambda compiler, scratch: _compile_and_link(compiler, scratch, variants))
 
 
 def status() -> BuildStatus:
@@ -140,13 +129,6 @@ def _isas(library: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     handle = ctypes.CDLL(str(library))
     handle.native_isas.restype = ctypes.c_char_p
     return tuple(handle.native_isas(0).decode().split(",")), tuple(handle.native_isas(1).decode().split(","))
-
-
-def _remove_old(folder: Path, keep: Path) -> None:
-    """Libraries of older sources. A process that has one loaded keeps it: its file stays until then."""
-    for old in folder.glob("native-*.so"):
-        if old != keep and time.time() - old.stat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
 
 
 def _compile_and_link(compiler: list[str], scratch: Path, variants: tuple[str, ...]) -> Path:

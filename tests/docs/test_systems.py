@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from megalith.cli.main import VERBS
+from megalith.studies.registry import STUDIES, study
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "systems.md"
@@ -70,6 +71,13 @@ def test_a_claim_names_a_command_that_exists_and_a_figure(row: Row) -> None:
             assert named, command
             assert all(path.exists() for path in named), command
     assert row.measured != "-", f"{row.title}: no figure"
+
+
+def test_every_study_answers_for_the_row_of_its_system() -> None:
+    for name in STUDIES:
+        system = study(name).system
+        marked = [row.title for row in ROWS if f"<!-- {name} -->" in row.measured and "<!-- end -->" in row.measured]
+        assert marked == ([system] if system else []), name
 
 
 def test_a_row_without_a_claim_has_neither_command_nor_figure() -> None:

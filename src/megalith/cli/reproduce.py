@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from megalith.base.errors import ConfigError
+from megalith.base.errors import ConfigError, MegalithError
 from megalith.cli.output import JsonFlag, print_json, print_tables, progress, result_console, warn
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ A study sweeps the load with several seeds on all cores, prints claim, ours
 and control, and leaves a page with pictures, its figures as JSON and the
 points in OUT (default: the folder `studies` here). An interrupted study goes
 on where it stopped. Exit code 1: a gate failed, and the page says which.
+
+--all runs every study, goes on after one that fails, and writes an overview.
+In a checkout of the project OUT is then docs/studies, unless the run is fast,
+and the rows of docs/systems.md say what was found.
 
 Examples:
   megalith reproduce --list
@@ -43,7 +47,7 @@ def reproduce(
         bool, Parameter(negative="", help="Few points and short runs: seconds instead of minutes.")
     ] = False,
     seeds: Annotated[int | None, Parameter(help="Runs of every point with other random numbers.")] = None,
-    out: Annotated[Path, Parameter(help="Folder for page, pictures and points.")] = Path("studies"),
+    out: Annotated[Path | None, Parameter(help="Folder for page, pictures and points; by default `studies`.")] = None,
     workers: Annotated[int | None, Parameter(help="Processes; by default one a core.")] = None,
     fresh: Annotated[bool, Parameter(negative="", help="Forget the points of earlier runs.")] = False,
     json: JsonFlag = False,
@@ -59,17 +63,49 @@ def reproduce(
     for option, value in (("--seeds", seeds), ("--workers", workers)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} is {value}.", "Give at least 1.")
-    reports, documents = [], []
-    for one in [study(each) for each in STUDIES] if name is None else [study(name)]:
-        report = _run(one, fast=fast, seeds=seeds, out=out, workers=workers, fresh=fresh)
+    out = _folder(all_ and not fast) if out is None else out
+    reports, documents, failed = [], [], []
+    for one in STUDIES if name is None else [name]:
+        try:
+            report = _run(study(one), fast=fast, seeds=seeds, out=out, workers=workers, fresh=fresh)
+        except MegalithError as error:
+            if name is not None:
+                raise
+            failed.append(one)
+            warn(f"{one}: {error}")
+            continue
         reports.append(report)
         if json:
             documents.append(_document(report))
         else:
             _print(report, out)
+    if all_:
+        _overview(out, json=json)
     if json:
-        print_json({"studies": documents} if all_ else documents[0])
-    return 0 if all(report.passed for report in reports) else 1
+        print_json({"studies": documents, "failed": failed} if all_ else documents[0])
+    return 0 if not failed and all(report.passed for report in reports) else 1
+
+
+def _folder(documented: bool) -> Path:
+    """Where pages go unless it is said: a full run of all studies in a checkout makes the documentation."""
+    from megalith.studies.index import CENSUS
+
+    docs = Path("docs")
+    return docs / "studies" if documented and (docs / CENSUS).is_file() else Path("studies")
+
+
+def _overview(out: Path, *, json: bool) -> None:
+    """The page over all pages, and the census beside them."""
+    from megalith.studies.index import CENSUS, documents, refresh_census, write_index
+
+    page = write_index(out)
+    census = out.resolve().parent / CENSUS
+    changed = refresh_census(census, documents(out)) if census.is_file() else []
+    if not json:
+        console = result_console()
+        console.print(f"Overview: {page}", soft_wrap=True)
+        if changed:
+            console.print(f"Rows of {census.name} that say something else now: {', '.join(changed)}", soft_wrap=True)
 
 
 def _run(study: Study, *, fast: bool, seeds: int | None, out: Path, workers: int | None, fresh: bool) -> Report:

@@ -219,6 +219,7 @@ def _rate(value: float | None) -> str:
 _SETTING = "Llama-2-70B on 4 A100"
 STUDY = Study(
     name="fastgen",
+    system="DeepSpeed-FastGen: High-throughput Text Generation for LLMs via MII and DeepSpeed-Inference",
     title="DeepSpeed-FastGen: Dynamic SplitFuse",
     summary=(
         "A forward pass costs by the tokens in it, and more tokens cost less each: passes of one size are best.",

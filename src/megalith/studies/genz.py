@@ -290,6 +290,7 @@ def _need_experiment(name: str, title: str, axis: str, at: tuple[float, ...], ta
 _SHOWN = {"ms": "ms"}
 STUDY = Study(
     name="genz",
+    system="Demystifying Platform Requirements for Diverse LLM Inference Use Cases",
     title="GenZ: platform requirements of use cases",
     summary=(
         "Every operator takes the longer of its FLOPs and its bytes at the rates that a device reaches;",

@@ -309,6 +309,7 @@ _ARTIFACT = f"facts up to {OLD_S:g} s old, the newest instance goes"
 _SHOWN_SCALING = {"instance hours": "instance_hours", "mean instances": "mean_instances", **_SHOWN}
 STUDY = Study(
     name="llumnix",
+    system="Llumnix: Dynamic Scheduling for Large Language Model Serving",
     title="Llumnix: live migration of running requests",
     summary=(
         "Outputs are unpredictable, so instances fill up unevenly: some preempt while others have room.",

@@ -220,6 +220,7 @@ def _claim(key: str) -> Claim:
 
 STUDY = Study(
     name="long-context",
+    system="Challenges in Deploying Long-Context Transformers: A Theoretical Peak Performance Analysis",
     title="Long contexts: theoretical peak performance",
     summary=(
         "A user of a long context costs more in four ways: prefill takes FLOPs, KV takes room of other users,",

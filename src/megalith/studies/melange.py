@@ -264,6 +264,7 @@ _ARENA = "Llama-2-7B on L4, A10G, A100, H100, chat lengths"
 _MIXES = (ON, UNCUT, PROMPT, OFF, *WORST)
 STUDY = Study(
     name="melange",
+    system="Mélange: Cost Efficient Large Language Model Serving by Exploiting GPU Heterogeneity",
     title="Mélange: the cheapest mix of GPU types",
     summary=(
         "Which GPU gives most tokens for a dollar depends on the size of requests, the rate and the limit on TPOT.",

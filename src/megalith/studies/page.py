@@ -128,6 +128,7 @@ def document(report: Report) -> dict[str, Any]:
     return {
         "study": study.name,
         "title": study.title,
+        "system": study.system,
         "reference": study.reference,
         "nature": report.natures,
         "timing": list(report.timings),

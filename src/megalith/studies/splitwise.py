@@ -249,6 +249,7 @@ _BLIND, _AWARE = "splitwise:artifact", "splitwise:context_aware"
 _LOAD = "BLOOM-176B, conversation lengths drawn independently, Poisson, equal power"
 STUDY = Study(
     name="splitwise",
+    system="Splitwise: Efficient generative LLM inference using phase splitting",
     title="Splitwise: prompts and tokens on machines of their own",
     summary=(
         "Prompts are bound by compute, tokens by memory; together on a machine they hold each other up.",

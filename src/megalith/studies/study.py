@@ -184,6 +184,8 @@ class Study:
     """What differs from the publication, and why."""
     profiles: tuple[str, ...] = ()
     """What computed points are timed by, in words; simulated ones say so themselves."""
+    system: str = ""
+    """Title of the publication whose row of the census page (docs/systems.md) it answers for."""
 
     def __post_init__(self) -> None:
         """ConfigError for a study without a claim or an experiment without a control."""

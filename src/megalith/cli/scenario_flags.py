@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,6 +112,7 @@ def make_scenario(what: What, how: How) -> Scenario:
 def _fleet(what: What, stored: FleetSpec | None) -> FleetSpec:
     import msgspec
 
+    from megalith.sim.setups import with_policies
     from megalith.specs.fleet_text import parse_fleet, parse_policy
 
     fleet = with_policies(parse_fleet(what.fleet) if what.fleet or stored is None else stored, what.policy)
@@ -122,41 +121,4 @@ def _fleet(what: What, stored: FleetSpec | None) -> FleetSpec:
     if what.controller:
         more = tuple(parse_policy(text) for text in what.controller)
         fleet = msgspec.structs.replace(fleet, controllers=(*fleet.controllers, *more))
-    return fleet
-
-
-def with_policies(fleet: FleetSpec, names: Sequence[str]) -> FleetSpec:
-    """The fleet under a set-up, a batch policy, a router, controllers, or several of these. Raises ConfigError.
-
-    Options follow the name: those of a set-up are its router's (`splitwise:lengths=predicted`).
-    """
-    import msgspec
-
-    from megalith.policy.batching import POLICY_NAMES
-    from megalith.policy.registry import CONTROLLERS, ROUTERS
-    from megalith.sim.setups import SETUPS, apply
-    from megalith.specs.fleet import PolicySpec
-    from megalith.specs.fleet_text import parse_policy
-
-    # A set-up says all but the batch policy, so it goes first.
-    for name in sorted(names, key=lambda name: name.partition(":")[0] not in SETUPS):
-        first, options, _ = name.partition(":")
-        if first in SETUPS:
-            fleet = apply(first, fleet)
-            if options:  # those of its router
-                router = parse_policy(name)
-                fleet = msgspec.structs.replace(
-                    fleet, router=PolicySpec(name=fleet.router.name, options=router.options)
-                )
-        elif name in POLICY_NAMES:
-            pools = tuple(msgspec.structs.replace(pool, policy=name) for pool in fleet.pools)
-            fleet = msgspec.structs.replace(fleet, pools=pools)
-        elif first in ROUTERS:
-            fleet = msgspec.structs.replace(fleet, router=parse_policy(name))
-        elif first in CONTROLLERS:
-            fleet = msgspec.structs.replace(fleet, controllers=(*fleet.controllers, parse_policy(name)))
-        else:
-            known = list(dict.fromkeys([*SETUPS, *POLICY_NAMES, *ROUTERS, *CONTROLLERS]))
-            near = difflib.get_close_matches(first, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"There is no policy {name!r}.", f"Did you mean {near!r}? Known: {', '.join(known)}.")
     return fleet

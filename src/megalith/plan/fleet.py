@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, inf
-from typing import NamedTuple
 
 import msgspec
 
 from megalith.base.errors import CapacityError, MegalithError
 from megalith.plan.fleet_answer import FORMAT, Choice, FleetPlan, Headroom, Passed
-from megalith.plan.fleet_bounds import Ability, Least, discard, least_instances, least_power_w
-from megalith.plan.fleet_estimate import Prediction, Steady
+from megalith.plan.fleet_estimate import Prediction
 from megalith.plan.fleet_explain import describe_binding, describe_mechanisms
+from megalith.plan.fleet_kind import Kind, find_kind, least_objective
 from megalith.plan.fleet_load import cut
 from megalith.plan.fleet_question import SETUP_NAMES, FleetQuestion, Shape, Size, shapes
 from megalith.plan.fleet_trial import Probe, Settle, Settled, Trial, perform
@@ -33,16 +32,6 @@ SAMPLE_REQUESTS = 3_000
 STEP = 1.05
 """Headroom is found to within this factor, and looked for up to STEP ** 28, about four times the load."""
 _HEADROOM_STEPS = ((1, 4), (10, 18), (28,))
-
-
-class Kind(NamedTuple):
-    """A kind of fleet that may do, with what the arithmetic says."""
-
-    shape: Shape
-    ability: Ability
-    least: Least
-    guess: tuple[Size, Prediction] | None
-    prefill_share: float
 
 
 class Search:
@@ -65,37 +54,16 @@ class Search:
     def _kinds(self) -> list[Kind]:
         kinds = []
         for shape in shapes(self.question):
-            try:
-                ability = Ability(self.question, shape)
-            except MegalithError as error:
-                self._pass(shape, "arithmetic", error.what)
-                continue
-            no = discard(ability, self.load, self.question.slo)
-            if no is not None:
-                self._pass(shape, "arithmetic", f"{no.resource}: {no.why}")
-                continue
-            if self.question.minimise == "power" and ability.power is None:
-                self._pass(shape, "arithmetic", "nobody published what this device draws")
-                continue
-            least = least_instances(ability, self.load, self.question.slo)
-            if least.instances > shape.most(self.question.most_devices):
-                most = f"more than {self.question.most_devices:,} devices"
-                self._pass(shape, "arithmetic", f"{least.resource}: {most}", least.instances)
-                continue
-            steady = Steady(ability, self.load, self.question.slo)
-            guess = steady.smallest(least.instances, shape.most(self.question.most_devices))
-            kinds.append(Kind(shape, ability, least, guess, steady.prefill_share))
+            found = find_kind(self.question, self.load, shape)
+            if isinstance(found, Kind):
+                kinds.append(found)
+            else:
+                self._pass(shape, "arithmetic", found.why, found.instances)
         return kinds
 
     def least_objective(self, kind: Kind, instances: int) -> float:
         """No fleet of so many instances is better than that."""
-        match self.question.minimise:
-            case "devices":
-                return float(instances * kind.shape.tensor_parallel)
-            case "cost":
-                return instances * (kind.ability.price_per_hour_usd or 0.0)
-            case "power":
-                return least_power_w(kind.ability, self.load, self.question.slo, instances)
+        return least_objective(self.question, self.load, kind, instances)
 
     def _pass(
         self, shape: Shape, stage: str, why: str, instances: int | None = None, objective: float | None = None

@@ -8,14 +8,12 @@ from __future__ import annotations
 import difflib
 from typing import Literal, NamedTuple, TypeAlias
 
-import msgspec
-
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.sim.scenario import Scenario
-from megalith.sim.setups import SETUPS, apply
+from megalith.sim.setups import SETUPS, with_policies
 from megalith.specs import catalog
-from megalith.specs.fleet import FleetSpec, PolicySpec, PoolSpec
+from megalith.specs.fleet import FleetSpec, PoolSpec
 from megalith.specs.slo import Slo
 from megalith.specs.workload import WorkloadSpec
 
@@ -115,6 +113,8 @@ class Shape(Config, kw_only=True):
     setup: str
     lengths: str = "capped"
     """What `splitwise` reserves for an answer; `predicted` where requests do not say how much they want."""
+    extras: tuple[str, ...] = ()
+    """What `megalith simulate --policy` takes beside the set-up: a batch policy, a further mechanism."""
 
     @property
     def split(self) -> bool:
@@ -147,12 +147,18 @@ class Shape(Config, kw_only=True):
             )
         else:
             pools = (self._pool("mixed", size.instances, "mixed"),)
-        fleet = FleetSpec(pools=pools)
-        fleet = fleet if self.setup == "mixed" else apply(self.setup, fleet)
-        if self.setup == "splitwise":
-            router = PolicySpec(name=fleet.router.name, options={**fleet.router.options, "lengths": self.lengths})
-            fleet = msgspec.structs.replace(fleet, router=router)
-        return fleet
+        return with_policies(FleetSpec(pools=pools), self.policies)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """For `megalith simulate --policy`."""
+        lengths = f":lengths={self.lengths}" if self.setup == "splitwise" else ""
+        return (*(() if self.setup == "mixed" else (f"{self.setup}{lengths}",)), *self.extras)
+
+    @property
+    def mechanisms(self) -> str:
+        """Set-up and extras in a few words."""
+        return " + ".join((self.setup, *self.extras))
 
     def _pool(self, name: str, count: int, role: Literal["mixed", "prefill", "decode"]) -> PoolSpec:
         return PoolSpec(name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel)
@@ -164,15 +170,13 @@ class Shape(Config, kw_only=True):
         fleet = (
             f"prefill={size.prefill}{unit},decode={size.decode}{unit}" if size.prefill else f"{size.instances}{unit}"
         )
-        policy = "" if self.setup == "mixed" else f" --policy {self.setup}"
-        lengths = f":lengths={self.lengths}" if self.setup == "splitwise" else ""
-        return f"--fleet {fleet}{policy}{lengths}"
+        return " ".join([f"--fleet {fleet}", *(f"--policy {policy}" for policy in self.policies)])
 
     def render(self, size: Size | None = None) -> str:
         """In a few words: `4 x h100-sxm tp2, llumnix`."""
         degree = f" tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
         count = "" if size is None else f"{size} x "
-        return f"{count}{self.device}{degree}, {self.setup}"
+        return f"{count}{self.device}{degree}, {self.mechanisms}"
 
 
 def shapes(question: FleetQuestion) -> list[Shape]:

@@ -6,13 +6,16 @@ Knows names of policies and their constants; must not know how they work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
+from msgspec.structs import replace
 
 from megalith.base.errors import ConfigError
+from megalith.policy.batching import POLICY_NAMES
+from megalith.policy.registry import CONTROLLERS, ROUTERS
 from megalith.specs.fleet import FleetSpec, HandoffSpec, PolicySpec
+from megalith.specs.fleet_text import parse_policy
 
 
 class Setup(NamedTuple):
@@ -52,6 +55,32 @@ SETUPS: Mapping[str, Setup] = {
 }
 
 
+def with_policies(fleet: FleetSpec, names: Sequence[str]) -> FleetSpec:
+    """The fleet under a set-up, a batch policy, a router, controllers, or several of these. Raises ConfigError.
+
+    Options follow the name: those of a set-up are its router's (`splitwise:lengths=predicted`).
+    """
+    # A set-up says all but the batch policy, so it goes first.
+    for name in sorted(names, key=lambda name: name.partition(":")[0] not in SETUPS):
+        first, options, _ = name.partition(":")
+        if first in SETUPS:
+            fleet = apply(first, fleet)
+            if options:
+                router = PolicySpec(name=fleet.router.name, options=parse_policy(name).options)
+                fleet = replace(fleet, router=router)
+        elif name in POLICY_NAMES:
+            fleet = replace(fleet, pools=tuple(replace(pool, policy=name) for pool in fleet.pools))
+        elif first in ROUTERS:
+            fleet = replace(fleet, router=parse_policy(name))
+        elif first in CONTROLLERS:
+            fleet = replace(fleet, controllers=(*fleet.controllers, parse_policy(name)))
+        else:
+            known = list(dict.fromkeys([*SETUPS, *POLICY_NAMES, *ROUTERS, *CONTROLLERS]))
+            near = difflib.get_close_matches(first, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"There is no policy {name!r}.", f"Did you mean {near!r}? Known: {', '.join(known)}.")
+    return fleet
+
+
 def apply(name: str, fleet: FleetSpec) -> FleetSpec:
     """The fleet with the router, controllers and hand-off of a set-up. Raises ConfigError."""
     if name not in SETUPS:
@@ -66,7 +95,7 @@ def apply(name: str, fleet: FleetSpec) -> FleetSpec:
         )
     pools = fleet.pools
     if setup.batch is not None:
-        pools = tuple(msgspec.structs.replace(pool, policy=setup.batch) for pool in pools)
-    return msgspec.structs.replace(
+        pools = tuple(replace(pool, policy=setup.batch) for pool in pools)
+    return replace(
         fleet, pools=pools, router=setup.router, controllers=setup.controllers, handoff=setup.handoff
     )

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, inf
+from typing import TypeAlias
 
 import msgspec
 
 from megalith.base.errors import CapacityError, MegalithError
-from megalith.plan.fleet_answer import FORMAT, Choice, FleetPlan, Headroom, Passed
+from megalith.plan.fleet_answer import FORMAT, Choice, FleetPlan, Headroom, Passed, Risk
 from megalith.plan.fleet_estimate import Prediction
-from megalith.plan.fleet_explain import describe_binding, describe_mechanisms
+from megalith.plan.fleet_explain import describe_binding
 from megalith.plan.fleet_kind import Kind, find_kind, least_objective
 from megalith.plan.fleet_load import cut
 from megalith.plan.fleet_question import SETUP_NAMES, FleetQuestion, Shape, Size, shapes
+from megalith.plan.fleet_risks import hazards, judge, power_room, slo_room
 from megalith.plan.fleet_trial import Probe, Settle, Settled, Trial, perform
 from megalith.plan.fleet_unmet import unmet
+from megalith.plan.mechanisms import contributions, variants
 from megalith.sim.processes import Crew, Failed, count_workers
 
 WAVE = 8
@@ -32,6 +35,11 @@ SAMPLE_REQUESTS = 3_000
 STEP = 1.05
 """Headroom is found to within this factor, and looked for up to STEP ** 28, about four times the load."""
 _HEADROOM_STEPS = ((1, 4), (10, 18), (28,))
+_MOST_TIMES = 4
+"""A mechanism is left away in fleets of up to so many times the best one's instances."""
+
+Settlement: TypeAlias = tuple[Kind, Trial, Trial | None]
+"""A kind, its smallest fleet that keeps the service level, and the largest that was seen not to."""
 
 
 class Search:
@@ -105,12 +113,14 @@ class Search:
             settled = self._confirm(found)
             if not settled:
                 raise unmet(self.question, self.load, self.passed, self._probes)
+            settled += self._variants(settled)
             choices = self._rank([self._choice(kind, one.size, one, None) for kind, one, _ in settled], "whole")
             winner = choices[0]
             kind, _, below = next(one for one in settled if one[0].shape == winner.shape)
             headroom = self._headroom(kind, winner)
+            risks = judge(winner, self._probes(hazards(self._probe(kind, winner.size), winner)))
         binding, resource = describe_binding(winner, below, kind.least.resource)
-        return self._plan("simulated", choices, binding, resource, headroom)
+        return self._plan("simulated", choices, binding, resource, headroom, risks)
 
     def _screen(self) -> list[tuple[Kind, Settled]]:
         """The smallest fleet of each kind on a part of the load; kinds that cannot be second any more are passed."""
@@ -136,13 +146,13 @@ class Search:
                     found.append((kind, one))
         return found
 
-    def _confirm(self, found: Sequence[tuple[Kind, Settled]]) -> list[tuple[Kind, Trial, Trial | None]]:
+    def _confirm(self, found: Sequence[tuple[Kind, Settled]]) -> list[Settlement]:
         """The best of them on the whole load, until what is left cannot come before the second-best."""
         whole = len(found) > 0 and self._sample() == self.load.requests
         ranked = sorted(found, key=lambda pair: (self._objective(pair[0], pair[1].found), self.kinds.index(pair[0])))
         if whole:
             return [(kind, one.found, one.below) for kind, one in ranked if one.found is not None]
-        settled: list[tuple[Kind, Trial, Trial | None]] = []
+        settled: list[Settlement] = []
         for begin in range(0, len(ranked), _FINALISTS):
             limit = self._second([(kind, trial) for kind, trial, _ in settled])
             tasks, kinds = [], []
@@ -169,6 +179,30 @@ class Search:
                     settled.append((kind, result.found, result.below))
         return settled
 
+    def _variants(self, settled: Sequence[Settlement]) -> list[Settlement]:
+        """The best kind with one policy more each, on the whole load: what every mechanism is worth."""
+        best, found, _ = min(settled, key=lambda one: (self._objective(one[0], one[1]), self.kinds.index(one[0])))
+        kinds, tasks = [], []
+        for shape in variants(best.shape):
+            kind = find_kind(self.question, self.load, shape)
+            if not isinstance(kind, Kind):
+                self._pass(shape, "arithmetic", kind.why, kind.instances)
+                continue
+            task = self._settle(kind, inf, self.load.requests, max(found.instances, kind.least.instances))
+            if task is not None:
+                most = max(kind.least.instances, _MOST_TIMES * found.instances)
+                tasks.append(msgspec.structs.replace(task, most=min(task.most, most)))
+                kinds.append(kind)
+        more: list[Settlement] = []
+        for kind, one, task in zip(kinds, self._settled(tasks), tasks, strict=True):
+            if isinstance(one, Failed):
+                self._pass(kind.shape, "whole", str(one))
+            elif one.found is None:
+                self._pass(kind.shape, "whole", f"does not keep it with {_instances(task.most)} either")
+            else:
+                more.append((kind, one.found, one.below))
+        return more
+
     def _headroom(self, kind: Kind, winner: Choice) -> Headroom:
         """The load that the winner takes: steps of STEP, two at once, then between the last kept and the first not."""
         tried: dict[int, Trial] = {0: winner.trial} if winner.trial is not None else {}
@@ -189,6 +223,8 @@ class Search:
             kept_times=STEP**low,
             broken_times=None if high is None else STEP**high,
             breaks="" if high is None else tried[high].breaks,
+            slo=slo_room(winner.trial),
+            power=power_room(winner),
         )
 
     # Small parts
@@ -310,7 +346,13 @@ class Search:
         return [first, *([] if runner_up is None else [runner_up]), *rest]
 
     def _plan(
-        self, nature: str, choices: Sequence[Choice], binding: str, resource: str, headroom: Headroom | None
+        self,
+        nature: str,
+        choices: Sequence[Choice],
+        binding: str,
+        resource: str,
+        headroom: Headroom | None,
+        risks: Sequence[Risk] = (),
     ) -> FleetPlan:
         question, load = self.question, self.load
         notes = []
@@ -328,8 +370,8 @@ class Search:
             requests_in_all=self.in_all, span_s=load.span_s, winner=choices[0],
             runner_up=next((one for one in choices[1:2] if _bought(one) != _bought(choices[0])), None),
             binding=binding, resource=resource, headroom=headroom,
-            passed=self.passed, mechanisms=describe_mechanisms(choices, self.passed, question.minimise),
-            runs=self.runs, notes=notes,
+            passed=self.passed, contributions=contributions(question, load, choices, self.passed, nature),
+            risks=list(risks), runs=self.runs, notes=notes,
             timing={kind.shape.device: kind.ability.timing for kind in self.kinds},
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from megalith.plan.fleet_question import Objective, Shape, Size
 from megalith.plan.fleet_trial import Trial
 from megalith.plan.mix_table import Knows
 
-FORMAT = "megalith.plan-fleet/1"
+FORMAT = "megalith.plan-fleet/2"
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +54,17 @@ class Passed(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
+class PowerRoom(msgspec.Struct, frozen=True, kw_only=True):
+    """Power of the winner's devices: what is drawn against what they are rated for."""
+
+    mean_w: float
+    peak_w: float
+    """Highest sample."""
+    rated_w: float
+    instances: int
+    """That could stand beside the winner's under the rated power if all drew their share of the peak."""
+
+
 class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """How much more load the winner takes."""
 
@@ -62,6 +73,35 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     broken_times: float | None
     """At this many it is not; None: it was kept at the highest that was tried."""
     breaks: str
+    slo: dict[str, float] = {}
+    """By bound: the share of its limit that is not used at the planned load. Each by itself."""
+    power: PowerRoom | None = None
+
+
+class Contribution(msgspec.Struct, frozen=True, kw_only=True):
+    """What one mechanism is worth under this load: the best fleet with it against the best without, else all equal."""
+
+    mechanism: str
+    source: str
+    """The published system."""
+    state: Literal["pays", "does not pay", "does not apply", "not asked"]
+    nature: Literal["simulated", "predicted"]
+    objective: float | None = None
+    """With it; None where no fleet with it was found, or none was looked for."""
+    control: float | None = None
+    """Without it."""
+    saves: float | None = None
+    """Share of the control; below 0 it costs more."""
+    why: str
+
+
+class Risk(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of the winner when something is not as planned. Simulated."""
+
+    what: str
+    kept: bool
+    says: str
+    """What breaks and by how much, or what is left."""
 
 
 class MixPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,8 +171,9 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     resource: str
     headroom: Headroom | None
     passed: list[Passed]
-    mechanisms: list[str]
-    """What each set-up would cost against the plain one, in words."""
+    contributions: list[Contribution]
+    """What each mechanism is worth."""
+    risks: list[Risk]
     runs: int
     notes: list[str]
     timing: dict[str, str]

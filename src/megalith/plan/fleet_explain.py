@@ -5,12 +5,10 @@ Only words and layout; computes nothing but differences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from megalith.plan.fleet_answer import Choice, FleetPlan, Headroom, Passed
+from megalith.plan.fleet_answer import Choice, Contribution, FleetPlan, Headroom
 from megalith.plan.fleet_question import Objective
 from megalith.plan.fleet_trial import Trial, scarce
-from megalith.plan.mix_explain import describe_mix
+from megalith.plan.mix_explain import describe_mix, mix_contribution
 from megalith.report.table import Column, Table, render_number
 
 _UNITS: dict[Objective, str] = {"cost": "$/h", "power": "W", "devices": "devices"}
@@ -40,30 +38,67 @@ def describe_binding(winner: Choice, below: Trial | None, fallback: str) -> tupl
     return f"{first}; {number} {breaks} {below.breaks}: {share}{when}", scarce(below, tightest, fallback)
 
 
-def describe_mechanisms(choices: Sequence[Choice], passed: Sequence[Passed], minimise: Objective) -> list[str]:
-    """What the best fleet of each set-up costs against the best plain one."""
-    best: dict[str, tuple[float, str]] = {}
-    for choice in sorted(choices, key=lambda choice: choice.objective):
-        best.setdefault(choice.shape.setup, (choice.objective, choice.title))
-    plain = best.get("mixed")
-    lines = []
-    for setup in dict.fromkeys([*best, *(one.shape.setup for one in passed)]):
-        if setup == "mixed":
-            continue
-        if setup not in best:
-            lower = [one.objective for one in passed if one.shape.setup == setup and one.objective is not None]
-            least = f": at least {_amount(min(lower), minimise)}" if lower else ""
-            lines.append(f"{setup} does not pay here{least}")
-            continue
-        objective, title = best[setup]
-        if plain is None:
-            lines.append(f"{setup}: {_amount(objective, minimise)} ({title}); no plain fleet comes as far")
-        else:
-            saved = 1 - objective / plain[0] if plain[0] else 0.0
-            pays = f"saves {saved:.0%}" if saved > 0.005 else "does not pay here"
-            ours, theirs = (_amount(value, minimise) for value in (objective, plain[0]))
-            rest = f"{ours} ({title}) against {theirs} ({plain[1]})"
-            lines.append(f"{setup} {pays}: {rest}")
+def every_contribution(plan: FleetPlan) -> list[Contribution]:
+    """What every mechanism is worth, a mix of devices too where it was asked for."""
+    return [*plan.contributions, *([] if plan.mix is None else [mix_contribution(plan.mix)])]
+
+
+def describe_contribution(one: Contribution, minimise: Objective) -> str:
+    """A line: whether it pays, and against what."""
+    name = f"{one.mechanism} ({one.source})"
+    match one.state:
+        case "does not apply" | "not asked":
+            return f"{name} {one.state}: {one.why}"
+        case "pays" if one.control is not None and one.objective is not None and one.saves is not None:
+            amounts = f"{_amount(one.objective, minimise)} against {_amount(one.control, minimise)}"
+            return f"{name} pays: saves {one.saves:.0%}, {amounts}: {one.why}"
+        case "does not pay" if one.control is not None and one.objective is not None:
+            amounts = f"{_amount(one.objective, minimise)} against {_amount(one.control, minimise)}"
+            return f"{name} does not pay here: {amounts}: {one.why}"
+        case _:
+            return f"{name} {one.state}{' here' if one.state == 'does not pay' else ''}: {one.why}"
+
+
+def contribution_table(plan: FleetPlan) -> Table:
+    """The same as a table."""
+    unit = _UNITS[plan.minimise]
+    columns = [
+        Column("mechanism", "mechanism"),
+        Column("source", "published as"),
+        Column("state", "here"),
+        Column("objective", f"with, {unit}", "number", digits=4),
+        Column("control", f"without, {unit}", "number", digits=4),
+        Column("saves", "saves", "share"),
+        Column("nature", "figures"),
+        Column("why", "what was compared, or why not"),
+    ]
+    table = Table(columns, title="What each mechanism contributes")
+    for one in every_contribution(plan):
+        table.add(one.mechanism, one.source, one.state, one.objective, one.control, one.saves, one.nature, one.why)
+    return table
+
+
+def room_lines(plan: FleetPlan) -> list[str]:
+    """Headroom in rate, service level and power."""
+    if plan.headroom is None:
+        return []
+    lines = [f"headroom: {headroom_text(plan.headroom, plan.rate_per_s)}"]
+    if plan.headroom.slo:
+        rooms = ", ".join(f"{room:.0%} of {bound}" for bound, room in plan.headroom.slo.items())
+        lines.append(f"headroom: each by itself, the service level leaves {rooms}")
+    power = plan.headroom.power
+    if power is not None:
+        drawn = f"{power.mean_w:,.0f} W on average, {power.peak_w:,.0f} W at most of {power.rated_w:,.0f} W rated"
+        more = f"{power.instances} more such instances under the rated power" if power.instances else "no room for more"
+        lines.append(f"headroom: draws {drawn}: {more}")
+    return lines
+
+
+def risk_lines(plan: FleetPlan) -> list[str]:
+    """What becomes of the winner when something is not as planned."""
+    lines = [f"risk: when {risk.what}, {risk.says}" for risk in plan.risks]
+    if plan.headroom is not None and plan.headroom.kept_times < _TIGHT:
+        lines.append("risk: hardly any headroom; figures of the cost model are not that exact: buy one instance more")
     return lines
 
 
@@ -88,14 +123,9 @@ def headline(plan: FleetPlan) -> list[str]:
         lines.append(f"runner-up: {plan.runner_up.title} ({told})")
     lines.append(f"binding: {plan.binding}")
     lines.append(f"short of: {plan.resource}")
-    if plan.headroom is not None:
-        lines.append(f"headroom: {headroom_text(plan.headroom, plan.rate_per_s)}")
-        if plan.headroom.kept_times < _TIGHT:
-            lines.append(
-                "risk: hardly any headroom; figures of the cost model are not that exact: buy one instance more"
-            )
+    lines += [*room_lines(plan), *risk_lines(plan)]
     lines.append(f"simulate it: {winner.flags}")
-    lines += [f"set-up: {line}" for line in plan.mechanisms]
+    lines += [f"mechanism: {describe_contribution(one, plan.minimise)}" for one in plan.contributions]
     if plan.mix is not None:
         lines += describe_mix(plan.mix, _UNITS[plan.minimise])
     return lines

@@ -44,6 +44,7 @@ class Load:
         if self.span_s <= 0:
             raise ConfigError("All requests come at once: there is no rate to plan for.", "Give arrivals=poisson.")
         self.rate_per_s = (self.requests - 1) / self.span_s
+        self._after_ns: Column = at_ns - at_ns[0]
         gaps = np.diff(at_ns)
         self.cv_squared = min(float(gaps.var() / gaps.mean() ** 2), _CV_SQUARED_MOST)
         """Of the gaps between arrivals: 1 is Poisson."""
@@ -56,6 +57,12 @@ class Load:
     def at_percent(self, column: Column, percent: float) -> int:
         """The nearest-rank percentile of a column."""
         return int(np.sort(column)[rank(self.requests, percent) - 1])
+
+    def peak_over_mean(self, window_s: float) -> float:
+        """Requests of the busiest stretch of that length over the mean of all such; stretches follow one another."""
+        counts = np.bincount((self._after_ns // round(window_s * NS_PER_S)).astype(np.int64))
+        whole = counts[:-1] if len(counts) > 1 else counts
+        return float(whole.max() / whole.mean())
 
     def smallest_sum(self, column: Column, percent: float) -> int:
         """The sum of a column over the `percent` of the requests for which it is smallest."""

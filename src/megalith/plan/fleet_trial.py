@@ -7,12 +7,14 @@ Knows how to run and what to read from a result; must not know which kinds compe
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from megalith.base.config import Config
 from megalith.base.units import NS_PER_S
 from megalith.plan.fleet_bounds import percent_of
 from megalith.plan.fleet_question import FleetQuestion, Shape, Size
 from megalith.sim.run import Run, SimResult
+from megalith.specs.fleet import FaultSpec
 from megalith.specs.workload_rate import at_rate
 
 _EVENTS_A_LOOK = 5_000
@@ -48,6 +50,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     kv_peak_share: float
     preemptions: int
     power_w: float | None
+    """Mean of the whole fleet."""
+    peak_power_w: float | None
+    """Highest sample of it."""
 
     @property
     def size(self) -> Size:
@@ -76,6 +81,10 @@ class Probe(Config, kw_only=True):
     times_rate: float = 1.0
     early: bool = True
     """Stop when the service level is lost."""
+    slower: float = 1.0
+    """Every step takes this many times as long as the cost model says."""
+    seed: int | None = None
+    """Other requests than those of the question, where they are drawn."""
 
 
 class Settle(Config, kw_only=True):
@@ -107,7 +116,11 @@ def probe(task: Probe) -> Trial:
     workload = question.workload
     if task.times_rate != 1.0:
         workload = at_rate(workload, task.rate_per_s * task.times_rate)
-    scenario = question.scenario(task.shape.fleet(task.size), workload=workload)
+    fleet = task.shape.fleet(task.size)
+    if task.slower != 1.0:
+        fleet = replace(fleet, faults=FaultSpec(straggler_share=1.0, straggler_factor=task.slower))
+    seed = question.seed if task.seed is None else task.seed
+    scenario = question.scenario(fleet, workload=workload, seed=seed)
     total = workload.requests or 0
     run = Run(scenario, stop=(lambda recorder, _: recorder.lost(total)) if task.early else None)
     while run.advance(_EVENTS_A_LOOK):
@@ -152,6 +165,7 @@ def _trial(task: Probe, result: SimResult) -> Trial:
         kv_peak_share=result.series.peak_used_share,
         preemptions=figures.preemptions,
         power_w=power_w if power_w == power_w else None,
+        peak_power_w=result.series.peak_power_w if power_w == power_w else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalith.plan.fleet_answer import MixAnswer
+from megalith.plan.fleet_answer import Contribution, MixAnswer
 from megalith.report.table import Column, Table, render_number
 
 _KNOWS = {
@@ -30,6 +30,15 @@ def describe_mix(mix: MixAnswer, unit: str) -> list[str]:
     if not mix.proven:
         more += "; the solver's time ran out: a cheaper one may exist"
     return [*lines, f"mix: {more}"]
+
+
+def mix_contribution(mix: MixAnswer) -> Contribution:
+    """The same as what every other mechanism contributes."""
+    why = f"{mix.title} against {mix.against}" if mix.objective is not None else mix.why
+    return Contribution(
+        mechanism="mix of devices", source="Mélange", state="pays" if mix.pays else "does not pay", nature=mix.nature,
+        objective=mix.objective, control=mix.control, saves=mix.saves, why=why,
+    )  # fmt: skip
 
 
 def mix_table(mix: MixAnswer) -> Table:

@@ -1,0 +1,145 @@
+"""What each published mechanism is worth for a load: the best fleet with it against the best without it.
+
+Set-ups compete as kinds of fleets of their own. Extras are tried on the best kind: one policy more, such as whole
+prompts first instead of SplitFuse, which is SplitFuse's control. Of the others arithmetic says why they do not apply,
+or the most that they could save. Knows choices and loads; must not simulate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from megalith.plan.fleet_answer import Choice, Contribution, Passed
+from megalith.plan.fleet_load import Load
+from megalith.plan.fleet_question import FleetQuestion, Shape
+
+WORTH = 0.005
+"""Savings below that share are none."""
+_DAY_S = 12 * 3600.0
+_WINDOW_S = 600.0
+
+
+class Mechanism(NamedTuple):
+    """One that the search can switch on or off."""
+
+    name: str
+    source: str
+    setup: str = ""
+    """The set-up that it is."""
+    extra: str = ""
+    """The policy that switches it on, or off where `default`."""
+    default: bool = False
+    """Plain fleets have it."""
+
+
+MECHANISMS = (
+    Mechanism("SplitFuse", "DeepSpeed-FastGen", extra="prefill-first", default=True),
+    Mechanism("live migration", "Llumnix", setup="llumnix"),
+    Mechanism("prompt and token pools", "Splitwise", setup="splitwise"),
+    Mechanism("prefill and decode apart", "DistServe", setup="distserve"),
+)
+"""In the order of the answer."""
+
+
+def variants(best: Shape) -> list[Shape]:
+    """The best kind of fleet with each extra policy."""
+    return [
+        msgspec.structs.replace(best, extras=(*best.extras, one.extra))
+        for one in MECHANISMS
+        if one.extra and one.extra not in best.extras and _takes(best, one)
+    ]
+
+
+def contributions(
+    question: FleetQuestion, load: Load, choices: Sequence[Choice], passed: Sequence[Passed], nature: str
+) -> list[Contribution]:
+    """One for each mechanism, in the order of MECHANISMS; then those that could not be tried here."""
+    found = [_worth(one, choices, passed, nature) for one in MECHANISMS if _asked(question, one)]
+    return [*found, _scaling(load), *_elsewhere(question)]
+
+
+def _asked(question: FleetQuestion, one: Mechanism) -> bool:
+    return not one.setup or one.setup in question.setups
+
+
+def _takes(shape: Shape, one: Mechanism) -> bool:
+    return not (one.extra == "prefill-first" and shape.setup == "splitwise")  # which has a batch policy of its own
+
+
+def _worth(one: Mechanism, choices: Sequence[Choice], passed: Sequence[Passed], nature: str) -> Contribution:
+    ordered = sorted(choices, key=lambda choice: choice.objective)
+    if one.setup:
+        with_it = [choice for choice in ordered if choice.shape.setup == one.setup and not choice.shape.extras]
+        without = [choice for choice in ordered if choice.shape.setup == "mixed" and not choice.shape.extras]
+        tried = [each for each in passed if each.shape.setup == one.setup and not each.shape.extras]
+    else:
+        switched = [choice for choice in ordered if one.extra in choice.shape.extras]
+        tried = [each for each in passed if one.extra in each.shape.extras]
+        shapes: list[Shape] = [*(each.shape for each in switched), *(each.shape for each in tried)]
+        bases = [msgspec.structs.replace(shape, extras=_less(shape, one.extra)) for shape in shapes]
+        base = [choice for choice in ordered if choice.shape in bases]
+        with_it, without = (base, switched) if one.default else (switched, base)
+    return _compare(one, with_it, without, tried, nature)
+
+
+def _compare(
+    one: Mechanism, with_it: Sequence[Choice], without: Sequence[Choice], tried: Sequence[Passed], nature: str
+) -> Contribution:
+    common = {"mechanism": one.name, "source": one.source, "nature": nature}
+    objective = with_it[0].objective if with_it else None
+    control = without[0].objective if without else None
+    if objective is not None and control is not None:
+        saves = 1 - objective / control if control else 0.0
+        why = f"{with_it[0].title} against {without[0].title}"
+        state = "pays" if saves > WORTH else "does not pay"
+        return _made(**common, state=state, objective=objective, control=control, saves=saves, why=why)
+    reasons = "; ".join(dict.fromkeys(each.why for each in tried[:2]))
+    if objective is not None:
+        why = f"{with_it[0].title}; without it no fleet was found" + (f": {reasons}" if reasons else "")
+        return _made(**common, state="pays", objective=objective, why=why)
+    if not tried and control is None:
+        return _made(**common, state="does not apply", why="the best fleet leaves no choice here")
+    why = reasons or "no fleet with it was found that comes before the runner-up"
+    return _made(**common, state="does not pay", control=control, why=why)
+
+
+def _scaling(load: Load) -> Contribution:
+    """The most that a fleet which follows the load can save: nothing is held back for the peak."""
+    common = {"mechanism": "scaling by forecast", "source": "HARMONY", "nature": "predicted"}
+    if load.span_s < _DAY_S:
+        why = f"the load lasts {load.span_s / 60:.3g} min and has no day in it to foresee"
+        return _made(**common, state="does not apply", why=why)
+    most = 1 - 1 / load.peak_over_mean(_WINDOW_S)
+    why = f"the busiest ten minutes have {load.peak_over_mean(_WINDOW_S):.3g} times the mean: at most {most:.0%}"
+    return _made(**common, state="pays" if most > WORTH else "does not pay", saves=most, why=why)
+
+
+def _elsewhere(question: FleetQuestion) -> list[Contribution]:
+    one_model = "one model is served: there is nothing to switch, share or stitch"
+    return [
+        _made(
+            mechanism="composition of experts, shared blocks", source="SN40L, BlockLLM", nature="predicted",
+            state="does not apply", why=one_model,
+        ),
+        *(
+            []
+            if len(set(question.devices)) > 1
+            else [
+                _made(
+                    mechanism="mix of devices", source="Mélange", nature="predicted", state="does not apply",
+                    why="one device is offered: name several with --device",
+                )
+            ]
+        ),
+    ]  # fmt: skip
+
+
+def _less(shape: Shape, extra: str) -> tuple[str, ...]:
+    return tuple(name for name in shape.extras if name != extra)
+
+
+def _made(**fields: object) -> Contribution:
+    return msgspec.convert(fields, Contribution)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megalith.plan.fleet_answer import FleetPlan
     from megalith.plan.fleet_question import FleetQuestion
     from megalith.plan.mix_table import Knows
+    from megalith.sim.sweep import PointResult
 
 app = App(
     name="fleet",
@@ -25,12 +26,14 @@ app = App(
 _EXAMPLES = """\
 TRACE is what `megalith simulate` takes. Every device, degree and set-up is
 tried that can be: arithmetic first, then simulated runs that stop as soon as
-the service level is lost. The answer says what binds, what holds every other
-fleet back and how much more load the winner takes.
+the service level is lost. The answer says what binds, what every published
+mechanism contributes, how much more load the winner takes, what becomes of it
+when steps are longer or an instance is down, and what holds every other fleet
+back; --page puts all of it on one page with pictures.
 
 Examples:
   megalith plan fleet --trace azure-conv --model llama-3.1-8b \\
-      --slo ttft=400ms,tpot=50ms --device h100-sxm --device a100-80gb
+      --slo ttft=400ms,tpot=50ms --device h100-sxm --device a100-80gb --page fleet.html
   megalith plan fleet --trace azure-conv --rate 40 --model llama-3.1-70b \\
       --slo ttft=1s@p90,tpot=60ms@p90 --device h100-sxm --minimise power
   megalith plan fleet --trace azure-code --model qwen3-32b --slo ttft=2s,tpot=80ms \\
@@ -97,6 +100,7 @@ def fleet(
     predict_only: Annotated[bool, Parameter(negative="", help="Arithmetic only: seconds, and predicted.")] = False,
     workers: Annotated[int | None, Parameter(help="Processes; by default one a core.")] = None,
     plot: Annotated[Path | None, Parameter(help="Winner and runner-up against the rate, as a picture.")] = None,
+    page: Annotated[Path | None, Parameter(help="All of the answer on one page (.html), with pictures.")] = None,
     json: JsonFlag = False,
 ) -> int:
     """Search and explain."""
@@ -108,6 +112,12 @@ def fleet(
         from megalith.report.plot import check_plot_path
 
         check_plot_path(plot)
+    if page is not None:
+        from megalith.report.html_page import check_page_path
+        from megalith.report.plot import check_plot_path
+
+        check_page_path(page)
+        check_plot_path(page.with_suffix(".png"))
     if knows is not None:
         from megalith.plan.mix_plan import add_mix, check
 
@@ -118,6 +128,8 @@ def fleet(
             plan = add_mix(plan, question, knows, advance=advance)
         if plot is not None:
             _draw(plot, plan, question, workers)
+        if page is not None:
+            _write(page, plan, question if not predict_only else None, workers)
     if json:
         print_json(plan)
     else:
@@ -198,14 +210,36 @@ def _print(plan: FleetPlan) -> None:
 
 def _draw(path: Path, plan: FleetPlan, question: FleetQuestion, workers: int | None) -> None:
     """Winner and runner-up at several rates around the planned one."""
-    from megalith.plan.fleet_curves import fleet_points
     from megalith.report.plot_frame import Caption
     from megalith.report.plot_sweep import plot_curves
-    from megalith.sim.sweep import run_points
     from megalith.sim.sweep_rows import curves
 
-    results = list(run_points(fleet_points(plan, question), workers=workers))
+    results = _curve_points(plan, question, workers)
     requests = f"the first {max(one.requests for one in results):,} requests"
     settings = {"model": plan.model, "load": f"{plan.load}, {requests}", "service level": plan.slo}
     panels, limits = curves(results, question.slo)
     plot_curves(path, Caption("Winner and runner-up", settings), panels, limits)
+
+
+def _write(path: Path, plan: FleetPlan, question: FleetQuestion | None, workers: int | None) -> None:
+    """The answer as one page; without a question nothing is simulated for it."""
+    from tempfile import TemporaryDirectory
+
+    from megalith.plan.fleet_page import page
+    from megalith.report.html_page import write_page
+    from megalith.sim.sweep_rows import curves, power_panel
+
+    shown = None
+    if question is not None:
+        results = _curve_points(plan, question, workers)
+        panels, limits = curves(results, question.slo)
+        shown = panels | power_panel(results), limits
+    with TemporaryDirectory() as folder:
+        write_page(path, page(plan, shown, Path(folder)))
+
+
+def _curve_points(plan: FleetPlan, question: FleetQuestion, workers: int | None) -> list[PointResult]:
+    from megalith.plan.fleet_curves import fleet_points
+    from megalith.sim.sweep import run_points
+
+    return list(run_points(fleet_points(plan, question), workers=workers))

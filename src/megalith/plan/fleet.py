@@ -22,7 +22,7 @@ from megalith.plan.fleet_explain import describe_binding
 from megalith.plan.fleet_kind import Kind, find_kind, least_objective
 from megalith.plan.fleet_load import cut
 from megalith.plan.fleet_question import SETUP_NAMES, FleetQuestion, Shape, Size, shapes
-from megalith.plan.fleet_risks import hazards, judge, power_room, slo_room
+from megalith.plan.fleet_risks import hazards, judge, power_room, predicted_headroom, slo_room
 from megalith.plan.fleet_trial import Probe, Settle, Settled, Trial, perform
 from megalith.plan.fleet_unmet import unmet
 from megalith.plan.mechanisms import contributions, variants
@@ -99,9 +99,13 @@ class Search:
                 "Ask again without --predict-only: it says which service level works.",
             )
         choices = self._rank(choices, "arithmetic")
-        found = next(kind.guess[1] for kind in self.kinds if kind.shape == choices[0].shape and kind.guess)
+        kind = next(kind for kind in self.kinds if kind.shape == choices[0].shape)
+        assert kind.guess is not None
+        found = kind.guess[1]
+        most = _HEADROOM_STEPS[-1][-1]
+        headroom = predicted_headroom(kind, choices[0], self.load, self.question.slo, STEP, most)
         binding = f"{found.resource} has the least margin: {found.margin:.0%} of its limit is left (predicted)"
-        return self._plan("predicted", choices, binding, found.resource, None)
+        return self._plan("predicted", choices, binding, found.resource, headroom)
 
     # Simulation
 
@@ -392,9 +396,11 @@ def plan_fleet(
     return search.simulated() if simulate else search.predicted()
 
 
-def _order(choice: Choice) -> tuple[float, int, int, float]:
+def _order(choice: Choice) -> tuple[float, int, int, int, float]:
     """Best first; among equals the plainer set-up, then fewer devices, then the larger margin."""
-    return choice.objective, SETUP_NAMES.index(choice.shape.setup), choice.devices, -(choice.margin or 0.0)
+    shape = choice.shape
+    involved = SETUP_NAMES.index(shape.setup)
+    return choice.objective, involved, len(shape.extras), choice.devices, -(choice.margin or 0.0)
 
 
 def _instances(count: int | Size) -> str:

@@ -26,6 +26,6 @@ def fleet_points(plan: FleetPlan, question: FleetQuestion) -> list[Point]:
         for share in SHARES:
             rate = plan.rate_per_s * share
             scenario = question.scenario(choice.shape.fleet(choice.size), workload=at_rate(workload, rate))
-            labels = {"fleet": choice.title, "policy": choice.shape.setup, "rate": f"{rate:.6g}", "seed": "0"}
+            labels = {"fleet": choice.title, "policy": choice.shape.mechanisms, "rate": f"{rate:.6g}", "seed": "0"}
             points.append(Point(labels=labels, scenario=scenario))
     return points

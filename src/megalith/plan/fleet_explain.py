@@ -38,6 +38,11 @@ def describe_binding(winner: Choice, below: Trial | None, fallback: str) -> tupl
     return f"{first}; {number} {breaks} {below.breaks}: {share}{when}", scarce(below, tightest, fallback)
 
 
+def unit(plan: FleetPlan) -> str:
+    """Of its objective."""
+    return _UNITS[plan.minimise]
+
+
 def every_contribution(plan: FleetPlan) -> list[Contribution]:
     """What every mechanism is worth, a mix of devices too where it was asked for."""
     return [*plan.contributions, *([] if plan.mix is None else [mix_contribution(plan.mix)])]
@@ -61,13 +66,12 @@ def describe_contribution(one: Contribution, minimise: Objective) -> str:
 
 def contribution_table(plan: FleetPlan) -> Table:
     """The same as a table."""
-    unit = _UNITS[plan.minimise]
     columns = [
         Column("mechanism", "mechanism"),
         Column("source", "published as"),
         Column("state", "here"),
-        Column("objective", f"with, {unit}", "number", digits=4),
-        Column("control", f"without, {unit}", "number", digits=4),
+        Column("objective", f"with, {unit(plan)}", "number", digits=4),
+        Column("control", f"without, {unit(plan)}", "number", digits=4),
         Column("saves", "saves", "share"),
         Column("nature", "figures"),
         Column("why", "what was compared, or why not"),
@@ -175,13 +179,12 @@ def choice_table(plan: FleetPlan) -> Table:
 
 def passed_table(plan: FleetPlan) -> Table:
     """Every other kind of fleet, and why not; the same reason for several degrees once."""
-    unit = _UNITS[plan.minimise]
     columns = [
         Column("device", "device"),
         Column("degree", "tp"),
         Column("setup", "set-up"),
         Column("instances", "instances", "count"),
-        Column("objective", unit, "number", digits=4),
+        Column("objective", unit(plan), "number", digits=4),
         Column("stage", "decided by"),
         Column("why", "why"),
     ]

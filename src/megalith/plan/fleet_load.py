@@ -6,6 +6,7 @@ Knows requests; must not know devices or policies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import islice
 from math import ceil
 
@@ -53,6 +54,12 @@ class Load:
         contexts = self.prompts + self.outputs // 2
         self.mean_context = float((contexts * weights).sum() / max(self.decoded, 1)) or float(contexts.mean())
         """Tokens in the KV cache of a request, averaged over its decode steps."""
+
+    def times(self, factor: float) -> Load:
+        """The same requests at so many times the rate."""
+        faster = copy(self)
+        faster.rate_per_s, faster.span_s = self.rate_per_s * factor, self.span_s / factor
+        return faster
 
     def at_percent(self, column: Column, percent: float) -> int:
         """The nearest-rank percentile of a column."""

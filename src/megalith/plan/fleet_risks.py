@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from megalith.plan.fleet_answer import Choice, PowerRoom, Risk
+from megalith.plan.fleet_answer import Choice, Headroom, PowerRoom, Risk
+from megalith.plan.fleet_estimate import Steady
+from megalith.plan.fleet_kind import Kind
+from megalith.plan.fleet_load import Load
 from megalith.plan.fleet_question import Size
 from megalith.plan.fleet_trial import Probe, Trial
 from megalith.specs import catalog
+from megalith.specs.slo import Slo
 
 SLOWER = 1.2
 """Nine of ten predicted steps of published engines are at most so much too short (docs/fidelity.md)."""
@@ -21,6 +25,29 @@ SLOWER = 1.2
 def slo_room(trial: Trial | None) -> dict[str, float]:
     """By bound, the share of its limit that is left at the planned load."""
     return {} if trial is None else {bound: 1 - used for bound, used in trial.used.items() if used is not None}
+
+
+def predicted_headroom(kind: Kind, winner: Choice, load: Load, slo: Slo, step: float, steps: int) -> Headroom:
+    """By arithmetic alone: how much more load the winner takes, in powers of `step`, and what is left of each limit."""
+    kept, broken = 0, None
+    for power in range(1, steps + 1):
+        found = Steady(kind.ability, load.times(step**power), slo).predict(winner.size)
+        if not found.kept:
+            broken = found
+            break
+        kept = power
+    figures = {"ttft": winner.ttft_ns, "tpot": winner.tpot_ns}
+    rooms = {
+        str(bound): 1 - figure / bound.limit_ns
+        for bound in slo.bounds
+        if bound.limit_ns is not None and (figure := figures.get(bound.metric)) is not None
+    }
+    return Headroom(
+        kept_times=step**kept,
+        broken_times=None if broken is None else step ** (kept + 1),
+        breaks="" if broken is None else f"the service level ({broken.resource})",
+        slo=rooms,
+    )
 
 
 def power_room(choice: Choice) -> PowerRoom | None:

@@ -101,7 +101,8 @@ def _compare(
         why = f"{with_it[0].title}; without it no fleet was found" + (f": {reasons}" if reasons else "")
         return _made(**common, state="pays", objective=objective, why=why)
     if not tried and control is None:
-        return _made(**common, state="does not apply", why="the best fleet leaves no choice here")
+        why = "only a simulated run tells" if nature == "predicted" else "the best fleet leaves no choice here"
+        return _made(**common, state="not asked" if nature == "predicted" else "does not apply", why=why)
     why = reasons or "no fleet with it was found that comes before the runner-up"
     return _made(**common, state="does not pay", control=control, why=why)
 

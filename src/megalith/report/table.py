@@ -1,4 +1,4 @@
-"""One small typed table, rendered to the terminal, to JSON and to Markdown.
+"""One small typed table, rendered to the terminal, to JSON, to Markdown and to HTML.
 
 A column says what its figures are (`measured`, `predicted`, `simulated`, or `given` for names and inputs); every
 rendering shows it, so that a predicted and a measured figure can never be mistaken for one another. Cells hold plain
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from megalith.base.errors import ConfigError
@@ -76,6 +77,23 @@ class Table:
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
+
+    def to_html(self) -> str:
+        """An HTML table with a caption; the notes become a list below."""
+        heads = "".join(f"<th>{escape(_heading(column, ' '))}</th>" for column in self.columns)
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f'<td class="{"text" if column.kind == "text" else "number"}">{escape(render_cell(cell, column))}</td>'
+                for cell, column in zip(row, self.columns, strict=True)
+            )
+            + "</tr>"
+            for row in self.rows
+        )
+        caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        table = f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        return f'<div class="wide">{table}</div>' + (f"<ul>{notes}</ul>" if notes else "")
 
     def to_rich(self) -> RichTable:
         """A rich table for the terminal. Notes become its caption."""

@@ -96,6 +96,4 @@ def apply(name: str, fleet: FleetSpec) -> FleetSpec:
     pools = fleet.pools
     if setup.batch is not None:
         pools = tuple(replace(pool, policy=setup.batch) for pool in pools)
-    return replace(
-        fleet, pools=pools, router=setup.router, controllers=setup.controllers, handoff=setup.handoff
-    )
+    return replace(fleet, pools=pools, router=setup.router, controllers=setup.controllers, handoff=setup.handoff)

@@ -196,6 +196,12 @@ def curves(
     return panels, limits
 
 
+def power_panel(results: Sequence[PointResult]) -> dict[str, dict[str, Curve]]:
+    """A further panel for `plot_curves`: mean power, where it is known."""
+    curves = _curves(results, lambda result: result.mean_power_w)
+    return {"mean power, W": curves} if curves else {}
+
+
 def _bound(metric: Metric, slo: Slo | None) -> tuple[str, float | None]:
     for bound in slo.bounds if slo is not None else ():
         percent = f"p{bound.percent if bound.percent is not None else slo.attain_percent if slo else 0:g}"

@@ -49,7 +49,7 @@ def test_the_scaling_of_the_artifact_differs_in_two_things_only() -> None:
     """Both arms of both experiments scale by the published rule: every 10 s, T and T + 50."""
     for arm in ("llumnix", "dispatch-only"):
         case = Case(arm, 25.0, 0, True)
-        plain, artifact = (task(case).scenario for task in (llumnix._scaling, llumnix._scaling_artifact))
+        plain, artifact = (task(case).scenario for task in (llumnix.scaling, llumnix._scaling_artifact))
         scaler = plain.fleet.controllers[-1]
         assert scaler.options == {"up_below": 25.0, "down_above": 75.0, "victim": "fewest"}
         assert FreenessScalingOptions().period_s == 10.0

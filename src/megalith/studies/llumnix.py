@@ -102,22 +102,26 @@ def measure(point: Point) -> PointResult:
     return msgspec.structs.replace(summarise(point, result), figures=figures)
 
 
-def _task(scenario: Scenario) -> Simulated:
+def task_of(scenario: Scenario) -> Simulated:
+    """A point with the figures of `measure`."""
     return Simulated(scenario=scenario, measure=f"{__name__}:measure")
 
 
-def _scenario(fleet: FleetSpec, load: WorkloadSpec, seed: int) -> Scenario:
+def scenario_of(fleet: FleetSpec, load: WorkloadSpec, seed: int) -> Scenario:
+    """LLaMA-7B under that load."""
     return Scenario(model="llama-2-7b", timer="llumnix-7b", fleet=fleet, workload=load, seed=seed, sample_s=0)
 
 
-def _pool(count: int = INSTANCES, max_count: int | None = None, start_s: float = 0.0) -> PoolSpec:
+def pool_of(count: int = INSTANCES, max_count: int | None = None, start_s: float = 0.0) -> PoolSpec:
+    """Instances on A10 as published."""
     return PoolSpec(
         name="all", device="a10g", count=count, policy="prefill-first", token_budget=12_800, kv_blocks=KV_BLOCKS,
         block_tokens=BLOCK_TOKENS, prefix_cache=False, max_count=max_count, start_s=start_s,
     )  # fmt: skip
 
 
-def _fleet(arm: str, pool: PoolSpec, *more: PolicySpec) -> FleetSpec:
+def fleet_of(arm: str, pool: PoolSpec, *more: PolicySpec) -> FleetSpec:
+    """Dispatch by freeness; with migration in the arm that is on; with further controllers."""
     threshold = SCALING_THRESHOLD if more else THRESHOLD
     rebalance = PolicySpec(name="rebalance", options={"threshold": threshold, "period_s": 0.1, **STAGES})
     return FleetSpec(
@@ -132,7 +136,7 @@ def _fleet(arm: str, pool: PoolSpec, *more: PolicySpec) -> FleetSpec:
 def _rate(case: Case) -> Simulated:
     arrivals, requests = PoissonArrivals(rate_per_s=case.at), 8000 if case.fast else 10_000
     load = msgspec.structs.replace(workloads()["llumnix-m"].spec, arrivals=arrivals, requests=requests)
-    return _task(_scenario(_fleet(case.arm, _pool()), load, case.seed))
+    return task_of(scenario_of(fleet_of(case.arm, pool_of()), load, case.seed))
 
 
 def _move(case: Case) -> Simulated:
@@ -141,20 +145,21 @@ def _move(case: Case) -> Simulated:
         output=FixedLength(tokens=400), arrivals=PoissonArrivals(rate_per_s=10.0), requests=1,
     )  # fmt: skip
     once = PolicySpec(name=f"{__name__}:MoveOnce", options={"mode": case.arm, **STAGES})
-    return _task(_scenario(_fleet("", _pool(2), once), load, case.seed))
+    return task_of(scenario_of(fleet_of("", pool_of(2), once), load, case.seed))
 
 
-def _scaling(case: Case, heartbeat_s: float = 0.0, victim: str = "fewest") -> Simulated:
+def scaling(case: Case, heartbeat_s: float = 0.0, victim: str = "fewest") -> Simulated:
+    """A fleet that starts more instances below a mean freeness of `case.at`."""
     arrivals, requests = GammaArrivals(rate_per_s=2.0, cv=2.0), 500 if case.fast else 2500
     load = msgspec.structs.replace(workloads()["llumnix-l"].spec, arrivals=arrivals, requests=requests)
     options: dict[str, float | str] = {"up_below": case.at, "down_above": case.at + 50, "victim": victim}
-    pool = _pool(INSTANCES // 2, INSTANCES, 10.0)
-    fleet = _fleet(case.arm, pool, PolicySpec(name="freeness-scaling", options=options))
-    return _task(_scenario(msgspec.structs.replace(fleet, heartbeat_s=heartbeat_s), load, case.seed))
+    pool = pool_of(INSTANCES // 2, INSTANCES, 10.0)
+    fleet = fleet_of(case.arm, pool, PolicySpec(name="freeness-scaling", options=options))
+    return task_of(scenario_of(msgspec.structs.replace(fleet, heartbeat_s=heartbeat_s), load, case.seed))
 
 
 def _scaling_artifact(case: Case) -> Simulated:
-    return _scaling(case, OLD_S, "last")
+    return scaling(case, OLD_S, "last")
 
 
 def judge(results: Results) -> Judgement:
@@ -337,7 +342,7 @@ STUDY = Study(
             shown={"pause, s": "downtime_s"},
         ),
         Experiment(
-            "scaling", "a fleet that scales itself", (ON, OFF), "mean freeness to start more", FREENESS, _scaling, 5,
+            "scaling", "a fleet that scales itself", (ON, OFF), "mean freeness to start more", FREENESS, scaling, 5,
             (25.0,), shown=_SHOWN_SCALING,
         ),
         Experiment(

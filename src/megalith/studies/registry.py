@@ -18,6 +18,7 @@ STUDIES: dict[str, str] = {
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
+    "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",
 }
 """By name, in the order of `--all`; the module of that name (`_` for `-`) in this package has it as STUDY."""
 

@@ -1,7 +1,7 @@
 """How often a model is resident: popularity of experts, and Che's approximation of an LRU cache of them.
 
-Che, Tung and Wang (IEEE JSAC 2002): an LRU cache of C equal models behaves as if each stayed for one characteristic time
-T after its last use, where the expected number of models used within T is C. Requests are independent draws here.
+Che, Tung and Wang (IEEE JSAC 2002): an LRU cache of C equal models behaves as if each stayed for one characteristic
+time T after its last use, where the expected number of models used within T is C. Requests are independent draws here.
 Knows shares; must not know bytes or seconds.
 """
 

@@ -1,7 +1,7 @@
 """Which whole models are in which tier: residency under a cap in bytes, and what a switch has to copy.
 
-A composition of experts has many models and one device memory. A model that a step needs and that is not there is copied
-from the next tier that has it; models that make room for it are forgotten, not written back, for weights are only ever
+A composition of experts has many models and one device memory. A model that a step needs and that is not there is
+copied from the next tier that has it; models that make room for it are forgotten, not written back, for weights are only ever
 read (SN40L, arXiv:2405.07518). Bytes are exact. Pure: the simulator asks how many bytes go where and takes the time of
 it, an engine copies them. Knows model numbers and sizes; must not know bandwidths, clocks or requests.
 """
@@ -142,8 +142,8 @@ class Fetch(NamedTuple):
 
 
 class WeightTiers:
-    """Models of one size each in three tiers: device, host, disk, which has them all. Host memory keeps its copy of what
-    is on the device."""
+    """Whole models in three tiers: device, host, and disk, which has them all. Host memory keeps its copy of what is on
+    the device."""
 
     def __init__(self, sizes_bytes: Collection[int], device: Residency, host: Residency | None = None) -> None:
         """`sizes_bytes[model]` is the size of each; no `host` tier: host memory has them all. Raises DoesNotFit where a

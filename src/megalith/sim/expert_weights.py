@@ -41,8 +41,8 @@ class ExpertShape(NamedTuple):
         """One line for people."""
         switch = format_duration(self.copy_ps(self.weight_bytes, 0) / PS_PER_NS)
         return (
-            f"Pool {pool}: {self.options.count:,} models of {format_bytes(self.weight_bytes)}, {self.slots:,} at once on "
-            f"the device; a switch takes {switch} at {self.host_bytes_per_s / 1e9:,.0f} GB/s: {self.source}."
+            f"Pool {pool}: {self.options.count:,} models of {format_bytes(self.weight_bytes)}, {self.slots:,} at once "
+            f"on the device; a switch takes {switch} at {self.host_bytes_per_s / 1e9:,.0f} GB/s: {self.source}."
         )
 
     def copy_ps(self, host_bytes: int, disk_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
     weights of all models against each tier     which of them fits, and how many nodes would hold all in device memory
     switch = weight_bytes / host_bytes_per_s    one model from host memory to the device, over all devices of the node
-    hit    = Che's approximation of an LRU cache of `slots` models under the popularity
+    hit    = Che's approximation of an LRU cache of `slots` models under the popularity; misses of host memory likewise
     latency = router + misses * switch + models * (prompt + decode)      of a batch whose requests name their models
 
 A batch of one has one model; a larger one is grouped by model and executed model by model, so `models` is the expected
@@ -52,6 +52,8 @@ class ExpertsQuestion(Config, kw_only=True):
     """Of the device memory, what weights and KV may take."""
     all_links: bool = False
     """Every link of the node carries its share of a switch, instead of what was published."""
+    disk_bytes_per_s: float = 7e9
+    """From disk to host memory, for models that it does not hold: see ExpertsSpec."""
     fusion: Fusion = "profile"
     """profile: as the catalogue has the device. ideal: nothing but weights, KV and matrix products takes time.
     kernels: launched kernel by kernel, as catalogue devices are by default."""
@@ -69,6 +71,7 @@ class Parts(Config, kw_only=True):
 
     router_ns: int
     switch_ns: int
+    """Copies from host memory, and from disk where host memory does not hold all."""
     prompt_ns: int
     decode_ns: int
 
@@ -134,8 +137,10 @@ def plan_experts(question: ExpertsQuestion) -> ExpertsPlan:
     rate = node.host_links_bytes_per_s if question.all_links else node.host_bytes_per_s
     switch_ns = round(weights.total * NS_PER_S / rate)
     cost = CostModel(spec, fused(profile, question.fusion), weights, question.kv_format, node.devices)
-    parts, step_ns = _parts(question, cost, models, models * (1.0 - hit) * switch_ns)
     host_slots = node.host_memory_bytes // weights.total
+    host_hit = lru_hit_rate([share / models for share in drawn], host_slots)
+    disk_ns = models * (1.0 - host_hit) * weights.total * NS_PER_S / question.disk_bytes_per_s
+    parts, step_ns = _parts(question, cost, models, models * (1.0 - hit) * switch_ns + disk_ns)
     fixed_ns = parts.total_ns - parts.switch_ns
     hits = sorted({0.0, 0.25, 0.5, 0.75, 0.9, 1.0, round(hit, 4)})
     return ExpertsPlan(

@@ -1,11 +1,11 @@
 """A scheduler for many models on one device: steps of one model at a time, in turns.
 
 Requests of the model whose turn it is are scheduled as ever, by any batch policy; all others are parked. A turn ends
-when nothing of it is left, and the next belongs to the model of the first in rank of those that wait. It takes all that
-wait for that model (grouped: prompts are grouped by expert and run expert by expert, SN40L, arXiv:2405.07518), or
-only those directly behind the first (arrival order: the control), and at most max_sequences of them. Whoever comes later
-joins only while nobody waits for another model. So every turn is finite, each begins with the first in rank, and nobody
-waits for ever as long as no endless stream of higher priorities comes.
+when nothing of it is left, and the next belongs to the model of the first in rank of those that wait. It takes all
+that wait for that model (grouped: prompts grouped by expert and run expert by expert, SN40L, arXiv:2405.07518), or
+only those directly behind the first (arrival order: the control), and at most max_sequences of them. Whoever comes
+later joins only while nobody waits for another model. So every turn is finite, each begins with the first in rank, and
+nobody waits for ever as long as no endless stream of higher priorities comes.
 """
 
 from __future__ import annotations

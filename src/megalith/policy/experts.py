@@ -2,8 +2,8 @@
 
 A composition of experts has many models and one device memory. A model that a step needs and that is not there is
 copied from the next tier that has it; models that make room for it are forgotten, not written back, for weights are
-only ever read (SN40L, arXiv:2405.07518). Bytes are exact. Pure: the simulator asks how many bytes go where and takes the
-time of it, an engine copies them. Knows model numbers and sizes; must not know bandwidths, clocks or requests.
+only ever read (SN40L, arXiv:2405.07518). Bytes are exact. Pure: the simulator asks how many bytes go where and takes
+the time of it, an engine copies them. Knows model numbers and sizes; must not know bandwidths, clocks or requests.
 """
 
 from __future__ import annotations

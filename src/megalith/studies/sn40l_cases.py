@@ -156,7 +156,7 @@ def run_experts(case: Case) -> Simulated:
 def run_requests(case: Case) -> Simulated:
     """150 models, by the published requests: a batch is as many clients, each asking again at once."""
     output, batch = REQUESTS[int(case.at)]
-    requests = 200 * batch if case.fast else 600 * batch
+    requests = 100 * batch if case.fast else 600 * batch
     load = _load(batch, ExpertMix(count=EXPERTS), requests, output)
     return _simulated(_pool(BY_NAME[case.arm], ExpertsSpec(count=EXPERTS, router=True)), load, case.seed)
 
@@ -182,7 +182,7 @@ def run_grouping(case: Case) -> Simulated:
     """Clients on one DGX A100 whose models are Zipf-popular."""
     order: Any = "arrival" if case.arm == ARRIVAL.name else "grouped"
     spec = ExpertsSpec(count=EXPERTS, router=True, order=order, prefetch=case.arm == AHEAD.name)
-    load = _load(int(case.at), ExpertMix(count=EXPERTS, zipf=0.8), 600 if case.fast else 2_000)
+    load = _load(int(case.at), ExpertMix(count=EXPERTS, zipf=0.8), 400 if case.fast else 2_000)
     return _simulated(_pool(A100, spec, kv_blocks=2_560), load, case.seed)
 
 
@@ -195,7 +195,7 @@ def run_affinity(case: Case) -> Simulated:
     router = "expert-affinity" if case.arm == AFFINE.name else "least-outstanding"
     load = WorkloadSpec(
         name=f"{case.at:g}/s", input=FixedLength(tokens=PROMPT), output=FixedLength(tokens=20),
-        arrivals=PoissonArrivals(rate_per_s=case.at), requests=1_000 if case.fast else 4_000,
+        arrivals=PoissonArrivals(rate_per_s=case.at), requests=500 if case.fast else 4_000,
         experts=ExpertMix(count=EXPERTS, zipf=0.8), max_new="true",
     )  # fmt: skip
     return _simulated(_pool(A100, ExpertsSpec(count=EXPERTS, router=True), 8), load, case.seed, router)

@@ -13,7 +13,6 @@ from megalith.policy.facts import Request
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits
 
-
 CALLS = st.sampled_from(("add", "add", "step", "step", "abort"))
 
 

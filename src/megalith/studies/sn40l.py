@@ -302,9 +302,9 @@ def _notes(results: Results) -> list[str]:
     return [
         "The published switch ratios are those of the paths: 1 TB/s of the whole SN40L node against one PCIe link of a "
         "DGX. Steps are cut over eight GPUs in both, so eight links could carry the eight shares of a model.",
-        f"Grouping at {CLIENTS[-1]:g} clients: {_switches(results, GROUPED)} switches for 100 requests, in the order of "
-        f"arrival {_switches(results, ARRIVAL)}. What it gains is shared steps: a model comes round once a cycle, and by "
-        "then LRU has let it go; in the order of arrival popular ones are asked for again sooner.",
+        f"Grouping at {CLIENTS[-1]:g} clients: {_switches(results, GROUPED)} switches for 100 requests, in the order "
+        f"of arrival {_switches(results, ARRIVAL)}. What it gains is shared steps: a model comes round once a cycle, "
+        "and LRU has let it go by then; in the order of arrival popular ones are asked for again sooner.",
         f"Fusion is a cost factor here: decode of {'-' if gain is None else f'{gain:.2f}'} times the speed between "
         "kernel by kernel and ideal on the same chip; the published 2 to 13 times are not reproduced.",
     ]

@@ -37,6 +37,7 @@ MODULES = (
     "policy.sequence",
     "sim.cluster",
     "sim.control",
+    "sim.expert_instance",
     "sim.instance",
     "sim.kernel",
     "sim.live",

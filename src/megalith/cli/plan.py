@@ -43,6 +43,11 @@ app.command(
     help="Say what a platform must have for a use case, and its links.",
 )
 app.command(
+    "megalith.cli.plan_coe:app",
+    name="coe",
+    help="Say what many models behind one node cost: memory by tier, switch time, latency.",
+)
+app.command(
     "megalith.cli.plan_context:app",
     name="context",
     help="Say what long contexts cost, and the ways back to a short one.",

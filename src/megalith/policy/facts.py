@@ -28,6 +28,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """Higher goes first; 0 is normal."""
     prefix_hashes: tuple[int, ...] = ()
     """One chained hash for each full block of the prompt, in order. Equal hash means equal tokens up to there."""
+    model: int = 0
+    """Which of the models of an instance with several it asks for."""
 
 
 class Chunk(NamedTuple):

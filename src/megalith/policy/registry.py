@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import autoscale, capping, freeness, pools, router_options, routing
+from megalith.policy import autoscale, capping, expert_routing, freeness, pools, router_options, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -91,6 +91,12 @@ ROUTERS: dict[str, Entry[Router]] = {
         freeness.FreenessOptions,
         "most free blocks for each request, with headroom for priorities",
         "Llumnix, OSDI 2024",
+    ),
+    "expert-affinity": Entry(
+        expert_routing.ExpertAffinity,
+        expert_routing.ExpertAffinityOptions,
+        "one home for each model while loads are even, else fewest requests",
+        "rendezvous hashing (Thaler and Ravishankar 1998)",
     ),
     "splitwise": Entry(
         pools.SplitwisePools,

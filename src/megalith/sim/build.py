@@ -33,9 +33,12 @@ from megalith.cost.timer_published import published, published_timers
 from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQuery, splitwise_tables
 from megalith.cost.timer_vidur import vidur_for
 from megalith.policy.batching import by_name
+from megalith.policy.expert_turns import ExpertScheduler
 from megalith.policy.kv import KvAccount
 from megalith.policy.pipelined import PipelinedScheduler
 from megalith.policy.scheduler import Limits, Scheduler
+from megalith.sim.expert_memory import check_experts, divide
+from megalith.sim.expert_weights import ExpertShape
 from megalith.sim.record import Recorder, Sink
 from megalith.sim.reference import alone
 from megalith.sim.scenario import Scenario
@@ -59,6 +62,8 @@ class Kind(NamedTuple):
     """Of one instance."""
     power: PhasePower | None
     """Of one device; None where nobody published it."""
+    experts: ExpertShape | None = None
+    """Where its instances have many models."""
 
 
 class Builder:
@@ -76,6 +81,7 @@ class Builder:
         weights: WeightBytes | None = None,
     ) -> None:
         _check_roles(scenario.fleet)
+        check_experts(scenario.fleet, scenario.workload)
         self.scenario = scenario
         self.spec = catalog.model(scenario.model) if spec is None else spec
         self._profiles = profiles or {}
@@ -104,6 +110,8 @@ class Builder:
         policy = by_name(pool.policy, pool.token_budget)
         if pool.pipeline_parallel > 1:
             return PipelinedScheduler(policy, kv, limits, pool.pipeline_parallel)
+        if pool.experts is not None:
+            return ExpertScheduler(policy, kv, limits, pool.experts.order == "grouped")
         return Scheduler(policy, kv, limits)
 
     def recorder(self, sink: Sink | None = None) -> Recorder:
@@ -120,11 +128,17 @@ class Builder:
         name = pool.timer or self.scenario.timer
         timer, timing, capacity = self._timer(pool, name)
         profile = self._profile(pool)
-        blocks = pool.kv_blocks or capacity or self._fitting_blocks(pool, profile, name)
+        experts = None
+        if pool.experts is None:
+            blocks = pool.kv_blocks or capacity or self._fitting_blocks(pool, profile, name)
+        else:
+            room = self._fitting_blocks(pool, profile, name)
+            block_bytes = self._device_block_bytes(pool) * pool.tensor_parallel
+            blocks, experts = divide(pool, self._weight_bytes(pool), block_bytes, room)
         context = min(self.spec.max_context, blocks * pool.block_tokens)
         price = None if profile is None else profile.price_per_hour_usd
         cost = None if price is None else price * pool.tensor_parallel * pool.pipeline_parallel
-        return Kind(timer, blocks, pool.block_tokens, context, timing, cost, _power(timer))
+        return Kind(timer, blocks, pool.block_tokens, context, timing, cost, _power(timer), experts)
 
     def _weight_bytes(self, pool: PoolSpec) -> WeightBytes:
         if self._weights is not None and pool.device in self._profiles:
@@ -181,15 +195,10 @@ class Builder:
         devices = pool.tensor_parallel * pool.pipeline_parallel
         weights = self._weight_bytes(pool)
         work = Workspace(pool.token_budget, pool.max_sequences, min(spec.max_context, pool.token_budget))
-        request = MemoryRequest(
-            kind=profile.kind, num_blocks=1, block_tokens=pool.block_tokens, kv_format=scenario.kv_format, work=work,
-            devices=pool.tensor_parallel,
-        )  # fmt: skip
         activations = activation_bytes(spec, profile.kind, work)[0] // pool.tensor_parallel
         fixed = per_device_weights(weights, devices) + activations + RESIDENCY[profile.kind].base_bytes
         room = int(profile.memory_bytes * scenario.memory_share) - fixed
-        block = device_block_bytes(spec, request) // pool.pipeline_parallel
-        blocks = room // block
+        blocks = room // (self._device_block_bytes(pool) // pool.pipeline_parallel)
         if blocks < MIN_BLOCKS:
             raise DoesNotFit(
                 f"{spec.name} in {scenario.weight_format} needs {format_bytes(fixed)} on each {pool.device} of pool "
@@ -198,6 +207,14 @@ class Builder:
                 "Raise tensor_parallel, take a smaller format or a larger device.",
             )
         return blocks
+
+    def _device_block_bytes(self, pool: PoolSpec) -> int:
+        """Of one KV block on one device that has all layers."""
+        request = MemoryRequest(
+            kind="cuda", num_blocks=1, block_tokens=pool.block_tokens, kv_format=self.scenario.kv_format,
+            work=Workspace(1, 1, 1), devices=pool.tensor_parallel,
+        )  # fmt: skip
+        return device_block_bytes(self.spec, request)
 
 
 def _power(timer: DeviceTimer) -> PhasePower | None:

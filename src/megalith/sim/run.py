@@ -22,10 +22,13 @@ from megalith.cost.timer import PS_PER_NS
 from megalith.cost.timer_phases import PhasePower
 from megalith.policy import registry
 from megalith.policy.cluster import InstanceId, Migrate
+from megalith.policy.expert_turns import ExpertScheduler
 from megalith.policy.facts import Request
 from megalith.policy.pipelined import PipelinedScheduler
 from megalith.sim.build import Builder
 from megalith.sim.cluster import Cluster
+from megalith.sim.expert_instance import ExpertInstance
+from megalith.sim.expert_weights import ExpertCounters, ExpertWeights
 from megalith.sim.faults import FaultCounters
 from megalith.sim.instance import Instance
 from megalith.sim.kernel import Kernel
@@ -99,6 +102,8 @@ class SimResult:
     scaling: ScalingCounters
     power: PowerCounters | None = None
     """None without a power domain."""
+    experts: ExpertCounters | None = None
+    """None where every instance has one model."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -119,6 +124,7 @@ class Run:
         self.kernel = Kernel()
         self._stop = stop
         self._stopped = False
+        self.experts = ExpertCounters()
         self._too_long = self._cut = 0
         """Prompts that fill the context, and answers that were longer than the scheduler was told they may be."""
         fleet = scenario.fleet
@@ -210,6 +216,7 @@ class Run:
             faults=operations.faults.counters,
             scaling=operations.scaling.counters,
             power=None if operations.power is None else operations.power.counters,
+            experts=self.experts if any(kind.experts for kind in kinds.values()) else None,
             notes=self._notes(),
         )
 
@@ -221,6 +228,9 @@ class Run:
             notes.append(f"{self._cut:,} answers were cut at the context of {most:,} tokens or at what --max-new says.")
         if self.scenario.workload.oracle:
             notes.append("Oracle: the schedulers were told the true length of every answer.")
+        notes += [kind.experts.words(name) for name, kind in self.builder.kinds.items() if kind.experts is not None]
+        if self.experts.requests:
+            notes.append(self.experts.words())
         return notes
 
     # Parts
@@ -231,6 +241,11 @@ class Run:
         instance: Instance
         if isinstance(scheduler, PipelinedScheduler):
             instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
+        elif isinstance(scheduler, ExpertScheduler) and kind.experts is not None:
+            weights = ExpertWeights(kind.experts, self.experts)
+            instance = ExpertInstance(
+                instance_id, cluster.kernel, scheduler, kind.timer, cluster, weights, self.scenario.leap
+            )
         else:
             instance = Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
         # Each device copies its own share, over its own link.
@@ -293,7 +308,7 @@ class Run:
             elif output > told:
                 self._cut += 1
             at_ns = 0 if closed else shape.at_ns or 0
-            request = Request(shape.index, at_ns, shape.input_tokens, told, shape.priority, hashes)
+            request = Request(shape.index, at_ns, shape.input_tokens, told, shape.priority, hashes, shape.model)
             yield Live(request, output if output < told else told)
 
     # Clocks

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
+from megalith.specs.experts import ExpertsSpec
 
 MOST_INSTANCES = 100_000
 """Of one pool."""
@@ -63,6 +64,8 @@ class PoolSpec(Config, kw_only=True):
     """Most instances that scaling may make of it; None: no bound but `count`."""
     start_s: float = 0.0
     """From the decision to start one more instance until it serves: machine, weights, warm-up."""
+    experts: ExpertsSpec | None = None
+    """Many models behind each instance; None: one."""
 
     def __post_init__(self) -> None:
         least = {"count": 1, "tensor_parallel": 1, "pipeline_parallel": 1, "token_budget": 1, "max_sequences": 1,

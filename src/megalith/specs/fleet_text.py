@@ -4,6 +4,7 @@
     prefill=25xh100-sxm:tp8,decode=15xh100-sxm:tp8            pools by role
     prefill:a=2xh100-sxm,prefill:b=4xa100-80gb,decode=3xh200  pools of one role by name
     8xa100-80gb:tp4:policy=prefill-first:kv_blocks=2000       any key of PoolSpec after a colon
+    1xsn40l:tp8:experts.count=150:experts.node=sn40l-node     a dot for a key of a table inside it
 
 Knows the words of FleetSpec; must not know whether devices or policies of these names exist.
 """
@@ -88,7 +89,11 @@ def _pool(text: str) -> PoolSpec:
             table[_SHORT[short[1]]] = int(short[2])
         else:
             key, value = _option(option, text)
-            table[_SHORT.get(key, key)] = value
+            outer, dot, inner = key.partition(".")
+            if dot and isinstance(nested := table.setdefault(outer, {}), dict):
+                nested[inner] = value
+            else:
+                table[_SHORT.get(key, key)] = value
     if 0 in (table[key] for key in ("count", "tensor_parallel", "pipeline_parallel") if key in table):
         raise ConfigError(f"{text!r} has no devices.", "Count and parallel degrees are at least 1.")
     return convert(table, PoolSpec, f"pool {text!r}")

@@ -28,6 +28,8 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     of the prompt to the end of that block. They may cover only the beginning of the prompt."""
     priority: int = 0
     """Higher goes first; 0 is normal."""
+    model: int = 0
+    """Which of several models it asks for."""
 
 
 def prefix_hashes(

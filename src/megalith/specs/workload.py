@@ -23,6 +23,7 @@ from megalith.specs import draws
 from megalith.specs.arrivals import Arrivals, ClosedLoop
 from megalith.specs.conversations import Conversations, Sessions
 from megalith.specs.draws import Ints
+from megalith.specs.expert_mix import ExpertMix, with_experts
 from megalith.specs.lengths import Lengths, draw_lengths
 from megalith.specs.replay import PRIORITY, due_times, most_output, replayed, windowed
 from megalith.specs.shape import PREFIX_BLOCK_TOKENS, RequestShape
@@ -30,7 +31,7 @@ from megalith.specs.trace import TraceColumns, TraceFormat
 
 _INPUT, _OUTPUT = 1, 2
 """Numbers of the random streams under a seed; due times and priorities use 3 and 6 (replay.py), the load generator's
-texts 4 and 5, conversations 7 to 9."""
+texts 4 and 5, conversations 7 to 9, experts 15."""
 _CHUNK = 2048
 _MAX_MISSES = 1_000_000
 _LONGER = "Raise duration_s or the rate."
@@ -66,6 +67,8 @@ class WorkloadSpec(Config, kw_only=True):
     output: Lengths | None = None
     conversations: Conversations | None = None
     """Drawn requests that go on where earlier ones ended; None: no two have a beginning in common."""
+    experts: ExpertMix | None = None
+    """Which of many models each request asks for; None: there is one."""
     arrivals: Arrivals | None = None
     """None: as recorded."""
     speedup: float = 1.0
@@ -152,6 +155,11 @@ def open_workload(spec: WorkloadSpec, seed: int = 0) -> Iterator[RequestShape]:
     Streams: memory does not grow with the number of requests, except that resampling holds the lengths of its trace.
     Raises ConfigError, naming the line, where a trace cannot be read, and when nothing is left of it.
     """
+    shapes = _shapes(spec, seed)
+    return shapes if spec.experts is None else with_experts(shapes, spec.experts, seed)
+
+
+def _shapes(spec: WorkloadSpec, seed: int) -> Iterator[RequestShape]:
     if spec.trace is None:
         assert spec.input is not None
         assert spec.output is not None

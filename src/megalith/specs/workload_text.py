@@ -47,6 +47,8 @@ _TALK_KEYS = {
     "continue": "continue_share", "turn": "turn", "pause": "pause_s", "idle": "idle_s", "shared": "shared_tokens",
 }  # fmt: skip
 
+_EXPERT_KEYS = {"experts": "count", "zipf": "zipf"}
+
 _CHOICES = {
     "resample": ("none", "joint", "independent"), "format": ("csv", "jsonl"), "hash_kind": ("prefix", "content"),
     "unit": ("s", "ms", "us", "ns", "iso"),
@@ -69,6 +71,8 @@ def parse_workload(text: str) -> WorkloadSpec:
         fields = _changed(_from_file(_path(source)), options)
     else:
         fields = _recorded(source, options)
+    if "experts" in options or (fields.get("experts") and "zipf" in options):
+        fields["experts"] = {**(fields.get("experts") or {}), **_taken(options, _EXPERT_KEYS)}
     if options:
         known = ", ".join(sorted(options))
         raise ConfigError(f"{text!r} has {known}, which do not apply to {source}.", "Leave them out.")
@@ -77,7 +81,7 @@ def parse_workload(text: str) -> WorkloadSpec:
 
 def _options(text: str, whole: str) -> Options:
     """{key: value}; every key is known, none is there twice."""
-    keys = {*_ARRIVAL_KEYS, *_LIMIT_KEYS, *_TRACE_KEYS, *_COLUMN_KEYS, *_TALK_KEYS, "arrivals"}
+    keys = {*_ARRIVAL_KEYS, *_LIMIT_KEYS, *_TRACE_KEYS, *_COLUMN_KEYS, *_TALK_KEYS, *_EXPERT_KEYS, "arrivals"}
     result: Options = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
@@ -214,7 +218,8 @@ def _taken(options: Options, names: Mapping[str, str]) -> dict[str, Any]:
 def _value(key: str, text: str) -> Any:
     readers: dict[str, Callable[[str], Any]] = {
         **dict.fromkeys(("requests", "clients", "max_total", "max_input", "max_output", "prefix_block", "shared"), int),
-        **dict.fromkeys(("rate", "cv", "speedup", "priority", "continue"), float),
+        "experts": int,
+        **dict.fromkeys(("rate", "cv", "speedup", "priority", "continue", "zipf"), float),
         **dict.fromkeys(("on", "off", "think", "duration", "start", "end", "pause", "idle"), _seconds),
         "max_new": lambda value: value if value in ("context", "true") else int(value),
         "turn": lambda value: msgspec.to_builtins(parse_lengths(value)),

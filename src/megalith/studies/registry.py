@@ -17,6 +17,7 @@ STUDIES: dict[str, str] = {
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
+    "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",
 }

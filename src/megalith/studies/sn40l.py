@@ -330,6 +330,7 @@ _SHOWN = {"ms": "ms", "switching, ms": "switching_ms", "decode, ms": "decode_ms"
 _PLACES = tuple(map(float, range(len(REQUESTS))))
 STUDY = Study(
     name="sn40l",
+    system="SambaNova SN40L: Scaling the AI Memory Wall with Dataflow and Composition of Experts",
     title="SambaNova SN40L: a composition of experts in three tiers of memory",
     summary=(
         "150 models of Llama-2-7B's shape answer together: a router names one for each prompt. Device memory holds 35;",

@@ -23,13 +23,16 @@ class Setup(NamedTuple):
 
     summary: str
     source: str
-    router: PolicySpec
+    router: PolicySpec | None
+    """None: it is put on top of another set-up, whose router and hand-off stay."""
     controllers: tuple[PolicySpec, ...] = ()
     handoff: HandoffSpec = HandoffSpec()
     batch: str | None = None
     """Batch policy of its instances; None leaves that of the pools."""
     split: bool = False
     """It needs pools of the roles prefill and decode."""
+    pools: Mapping[str, object] = {}
+    """Keys of every pool that it sets."""
 
 
 SETUPS: Mapping[str, Setup] = {
@@ -60,11 +63,12 @@ def with_policies(fleet: FleetSpec, names: Sequence[str]) -> FleetSpec:
 
     Options follow the name: those of a set-up are its router's (`splitwise:lengths=predicted`).
     """
-    # A set-up says all but the batch policy, so it goes first.
-    for name in sorted(names, key=lambda name: name.partition(":")[0] not in SETUPS):
+    for name in sorted(names, key=_rank):
         first, options, _ = name.partition(":")
         if first in SETUPS:
             fleet = apply(first, fleet)
+            if options and SETUPS[first].router is None:
+                raise ConfigError(f"{first} has no router that {options!r} could be for.", "Write it without options.")
             if options:
                 router = PolicySpec(name=fleet.router.name, options=parse_policy(name).options)
                 fleet = replace(fleet, router=router)
@@ -93,7 +97,14 @@ def apply(name: str, fleet: FleetSpec) -> FleetSpec:
             f"{name} needs instances of the roles prefill and decode; this fleet has only {', '.join(sorted(roles))}.",
             "Write the fleet like prefill=2xh100-sxm,decode=2xh100-sxm.",
         )
-    pools = fleet.pools
-    if setup.batch is not None:
-        pools = tuple(replace(pool, policy=setup.batch) for pool in pools)
+    changes = {**setup.pools, **({} if setup.batch is None else {"policy": setup.batch})}
+    pools = tuple(replace(pool, **changes) for pool in fleet.pools) if changes else fleet.pools
+    if setup.router is None:
+        return replace(fleet, pools=pools, controllers=(*fleet.controllers, *setup.controllers))
     return replace(fleet, pools=pools, router=setup.router, controllers=setup.controllers, handoff=setup.handoff)
+
+
+def _rank(name: str) -> int:
+    """A set-up says all but the batch policy, so it goes first; one that is put on top follows it."""
+    setup = SETUPS.get(name.partition(":")[0])
+    return 2 if setup is None else 0 if setup.router is not None else 1

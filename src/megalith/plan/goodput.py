@@ -65,8 +65,8 @@ class GoodputQuestion(Config, kw_only=True):
 
     @property
     def devices(self) -> int:
-        """Of the whole fleet."""
-        return sum(pool.devices for pool in self.scenario.fleet.pools)
+        """Of the whole fleet, without a side that takes no time."""
+        return sum(pool.devices for pool in self.scenario.fleet.pools if pool.timer != INSTANT)
 
 
 class RateTrial(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,6 +157,11 @@ def goodput(question: GoodputQuestion, progress: Callable[[int], object] = lambd
     )
 
 
+def hold(question: GoodputQuestion, rate_per_s: float, progress: Callable[[int], object] = lambda _: None) -> RateTrial:
+    """Whether the fleet holds one rate, in a run as long as those of `goodput`."""
+    return _Search(question, progress).at(rate_per_s)
+
+
 class _Search:
     """Runs at rungs, and what they taught of how long a request stays."""
 
@@ -167,23 +172,25 @@ class _Search:
         self._residence_s = 0.0
 
     def keeps(self, rung: int) -> bool:
-        """Whether the service level is kept there, in a run that is long enough to tell."""
-        question, rate = self.question, self.question.step**rung
-        requests = self._enough(rate)
+        """Whether the service level is kept there."""
+        trial = self.tried[rung] = self.at(self.question.step**rung)
+        return trial.kept
+
+    def at(self, rate_per_s: float) -> RateTrial:
+        """A run that is long enough to tell."""
+        requests = self._enough(rate_per_s)
         while True:
-            trial = try_rate(question.scenario, rate, requests)
+            trial = try_rate(self.question.scenario, rate_per_s, requests)
             self.runs += 1
             self.requests += trial.requests
             self.progress(1)
             if not trial.kept:
-                break
+                return trial
             self._residence_s = trial.residence_s
-            wanted = self._enough(rate)
-            if trial.residences >= question.residences or wanted <= requests:
-                break
+            wanted = self._enough(rate_per_s)
+            if trial.residences >= self.question.residences or wanted <= requests:
+                return trial
             requests = wanted
-        self.tried[rung] = trial
-        return trial.kept
 
     def _enough(self, rate_per_s: float) -> int:
         wanted = ceil(self.question.residences * self._residence_s * rate_per_s * 1.1)  # a tenth more: arrivals are drawn
@@ -211,7 +218,7 @@ def try_rate(scenario: Scenario, rate_per_s: float, requests: int) -> RateTrial:
         attained=slo.attainment,
         shares=slo.shares,
         residence_s=residence_s,
-        residences=requests / rate_per_s / residence_s if residence_s else 0.0,
+        residences=result.requests / rate_per_s / residence_s if residence_s else 0.0,
         stopped_early=result.stopped_early,
     )
 

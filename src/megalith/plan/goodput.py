@@ -61,7 +61,7 @@ class GoodputQuestion(Config, kw_only=True):
                 f"Give a step of 1.0005 to 2 and a guess of {LOWEST_PER_S:g} to {HIGHEST_PER_S:g}.",
             )
         if self.least_requests < 1 or self.most_requests < self.least_requests or self.residences < 0:
-            raise ConfigError("A run needs a request.", "Give at least 1, at most most_requests, and residences from 0.")
+            raise ConfigError("A run needs a request.", "Give at least 1, most_requests no less, residences from 0.")
 
     @property
     def devices(self) -> int:
@@ -193,7 +193,8 @@ class _Search:
             requests = wanted
 
     def _enough(self, rate_per_s: float) -> int:
-        wanted = ceil(self.question.residences * self._residence_s * rate_per_s * 1.1)  # a tenth more: arrivals are drawn
+        # A tenth more, for arrivals are drawn.
+        wanted = ceil(self.question.residences * self._residence_s * rate_per_s * 1.1)
         return min(max(wanted, self.question.least_requests), self.question.most_requests)
 
 

@@ -125,7 +125,7 @@ class _Search:
         if not self.fitting:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.passed.items())
             raise CapacityError(
-                f"No instance of up to {question.most_devices} {question.device} can hold {question.model} ({reasons}).",
+                f"No instance of up to {question.most_devices} {question.device} holds {question.model} ({reasons}).",
                 "Raise --max-devices, allow higher degrees, or take a larger device.",
             )
 
@@ -215,7 +215,7 @@ class _Search:
             unit = msgspec.structs.replace(unit, **{field: getattr(unit, field) + 1})
         assert trial is not None
         raise CapacityError(
-            f"{unit} still keeps {self.question.slo} for only {trial.attained:.0%} at {rate_per_s:g} requests a second.",
+            f"{unit} still keeps {self.question.slo} for only {trial.attained:.0%} at {rate_per_s:g} requests/s.",
             "Ask without --rate for what the placement serves, or ease the service level.",
         )
 
@@ -252,12 +252,11 @@ class _Search:
             self.advance(one.runs)
         for place, title in enumerate(titles):
             one = results[place]
-            self.measured.append(
-                Measured(
-                    what=what, title=title, devices=one.devices, rate_per_s=one.rate_per_s,  # type: ignore[arg-type]
-                    per_device_per_s=one.per_device_per_s, breaks=one.breaks,
-                )  # fmt: skip
-            )
+            row = Measured(
+                what=what, title=title, devices=one.devices, rate_per_s=one.rate_per_s,  # type: ignore[arg-type]
+                per_device_per_s=one.per_device_per_s, breaks=one.breaks,
+            )  # fmt: skip
+            self.measured.append(row)
         return [results[place] for place in range(len(tasks))]
 
     def _fleet(self, unit: Unit, units: int, rate_per_s: float, attained: float, formula: Unit) -> Fleet:

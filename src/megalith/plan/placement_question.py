@@ -108,8 +108,12 @@ class PlacementQuestion(Config, kw_only=True):
                 f"A placement is chosen by TTFT and TPOT, and the service level is {self.slo}.",
                 "Give times for both and for nothing else, such as ttft=400ms,tpot=40ms.",
             )
-        numbers = (*self.tensor_parallel, *self.pipeline_parallel, self.node_devices, self.most_devices, self.most_nodes)
-        if min(numbers) < 1 or not self.tensor_parallel or not self.pipeline_parallel:
+        numbers = (self.node_devices, self.most_devices, self.most_nodes)
+        if (
+            min(*numbers, *self.tensor_parallel, *self.pipeline_parallel) < 1
+            or not self.tensor_parallel
+            or not self.pipeline_parallel
+        ):
             raise ConfigError("Degrees, devices and nodes are at least 1.", "Give numbers above 0.")
         if self.affinity not in AFFINITIES:
             raise ConfigError(f"There is no node affinity {self.affinity!r}.", "Choose high or low.")
@@ -147,7 +151,8 @@ class PlacementQuestion(Config, kw_only=True):
         for nodes, prefill, decode in product(range(1, self.most_nodes + 1), fitting, fitting):
             if prefill.pipeline_parallel % nodes or decode.pipeline_parallel % nodes:
                 continue
-            room, each, other = min(self.node_devices, self.most_devices), prefill.devices // nodes, decode.devices // nodes
+            room = min(self.node_devices, self.most_devices)
+            each, other = prefill.devices // nodes, decode.devices // nodes
             for prefills in range(1, (room - other) // each + 1):
                 for decodes in range(1, (room - prefills * each) // other + 1):
                     key = prefill, prefills, decode, decodes

@@ -16,6 +16,7 @@ STUDIES: dict[str, str] = {
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
+    "distserve": "DistServe: prefill and decode on devices of their own, by goodput, against devices that do both",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
 }

@@ -21,9 +21,11 @@ from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
 from megalith.cost.timer_instant import INSTANT
+from megalith.sim.build import Builder
 from megalith.sim.run import Run
 from megalith.sim.scenario import Scenario
 from megalith.specs.fleet import FleetSpec, HandoffSpec
+from megalith.specs.model import ModelSpec
 from megalith.specs.slo import Slo
 from megalith.specs.workload_rate import at_rate
 
@@ -49,6 +51,8 @@ class GoodputQuestion(Config, kw_only=True):
     residences: float = RESIDENCES
     """A run lasts at least so many mean times of a request in it; 0 does without."""
     most_requests: int = 100_000
+    spec: ModelSpec | None = None
+    """Stands in for the catalogue's, as in `sim.build`."""
 
     def __post_init__(self) -> None:
         """ConfigError for a question without an answer."""
@@ -180,7 +184,7 @@ class _Search:
         """A run that is long enough to tell."""
         requests = self._enough(rate_per_s)
         while True:
-            trial = try_rate(self.question.scenario, rate_per_s, requests)
+            trial = try_rate(self.question.scenario, rate_per_s, requests, self.question.spec)
             self.runs += 1
             self.requests += trial.requests
             self.progress(1)
@@ -198,13 +202,11 @@ class _Search:
         return min(max(wanted, self.question.least_requests), self.question.most_requests)
 
 
-def try_rate(scenario: Scenario, rate_per_s: float, requests: int) -> RateTrial:
+def try_rate(scenario: Scenario, rate_per_s: float, requests: int, spec: ModelSpec | None = None) -> RateTrial:
     """One run at that rate, given up as soon as its service level is lost."""
     workload = msgspec.structs.replace(at_rate(scenario.workload, rate_per_s), requests=requests)
-    run = Run(
-        msgspec.structs.replace(scenario, workload=workload, sample_s=0.0),
-        stop=lambda recorder, _: recorder.lost(requests),
-    )
+    changed = msgspec.structs.replace(scenario, workload=workload, sample_s=0.0)
+    run = Run(changed, Builder(changed, spec), stop=lambda recorder, _: recorder.lost(requests))
     while run.advance(_EVENTS_A_LOOK):
         pass
     result = run.result()

@@ -32,6 +32,8 @@ arrive. Found by enumeration; see docs/studies.md."""
 WAVE = 8
 """Units that are simulated at once; fixed, so that the answer does not depend on the machine."""
 _MOST_REPAIRS = 8
+_MOST_OF_A_PHASE = 16
+"""Instances of one phase, where no rate was asked for and one of the other could feed more."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +146,8 @@ class _Search:
                 raise self._hopeless(phase)
             best.append(max(pairs, key=lambda pair: (pair[1].per_device_per_s, -pair[0].devices)))
         (prefill, prompts), (decode, tokens) = best
-        rate = question.rate_per_s or max(prompts.rate_per_s, tokens.rate_per_s)
+        rates = sorted((prompts.rate_per_s, tokens.rate_per_s))
+        rate = question.rate_per_s or min(rates[1], rates[0] * _MOST_OF_A_PHASE)
         unit = Unit(
             prefill=prefill, prefills=ceil(rate / prompts.rate_per_s),
             decode=decode, decodes=ceil(rate / tokens.rate_per_s),

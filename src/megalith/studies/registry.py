@@ -19,6 +19,7 @@ STUDIES: dict[str, str] = {
     "distserve": "DistServe: prefill and decode on devices of their own, by goodput, against devices that do both",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
+    "splitwise-designs": "Splitwise: prompt and token machines by rate, cost and power, against mixed machines",
 }
 """By name, in the order of `--all`; the module of that name (`_` for `-`) in this package has it as STUDY."""
 

@@ -20,7 +20,7 @@ from megalith.plan.placement_question import Degrees, PlacementQuestion, Unit
 from megalith.specs.slo import parse_slo
 from megalith.studies.distserve_cases import conversations, fixed
 
-QUICK = ["--requests", "40", "--step", "1.4", "--workers", "1", "--tensor-parallel", "1,2", "--pipeline-parallel", "1"]
+QUICK = ["--requests", "40", "--step", "1.6", "--workers", "1", "--tensor-parallel", "1", "--pipeline-parallel", "1"]
 FIGURE1 = ["--trace", "poisson:rate=1,input=512,output=64", "--model", "opt-13b", "--device", "a100-80gb", "--timer",
            "distserve:vllm", "--slo", "ttft=400ms,tpot=40ms"]  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_phases_are_replicated_until_their_rates_match() -> None:
 def test_where_nothing_is_gained_it_says_so() -> None:
     """A limit on TPOT that a prompt in between does not break: one instance for both is as good."""
     plan = plan_placement(
-        asked("ttft=2s,tpot=400ms", affinity="high", tensor_parallel=(1,), pipeline_parallel=(1,), residences=10.0),
+        asked("ttft=2s,tpot=400ms", affinity="high", tensor_parallel=(1,), pipeline_parallel=(1,), residences=3.0),
         workers=1,
     )
     assert plan.gain is not None

@@ -60,7 +60,7 @@ def _conv(engine: Engine) -> Experiment:
 
     arms = (PAIR, COLOCATED, WIDE, CHUNKED[0], PROMPTS, TOKENS)
     title = f"Azure conversations up to 2,048 tokens, TTFT 250 ms, step times of {engine}"
-    return Experiment(f"conv-{engine}", title, arms, "TPOT limit, ms", (40.0, 100.0), task, 3, (40.0,), shown=_SHOWN)
+    return Experiment(f"conv-{engine}", title, arms, "TPOT limit, ms", (40.0, 100.0), task, 2, (40.0,), shown=_SHOWN)
 
 
 def _engines(case: Case) -> Simulated:
@@ -78,7 +78,6 @@ def _horizon(case: Case) -> Simulated:
 def _place(case: Case) -> Computed:
     options: dict[str, float | str] = {
         "tpot_ms": case.at, "seed": case.seed, "step": 1.05, "exhaustive": case.arm == ALL.name,
-        "pipelines": 0 if case.fast or case.at > 40 else 1,
     }  # fmt: skip
     return Computed(call="megalith.studies.distserve_cases:place", options=options)
 
@@ -353,12 +352,12 @@ STUDY = Study(
         *(_conv(engine) for engine in ENGINES),
         Experiment(
             "engines", "Step times of different engines on the two sides, conversations, TPOT 100 ms",
-            (OWN_PAIR, COLOCATED, OWN, WIDE_PAIR), "TTFT limit, ms", (200.0, 250.0, 400.0), _engines, 3, (250.0,),
+            (OWN_PAIR, COLOCATED, OWN, WIDE_PAIR), "TTFT limit, ms", (200.0, 250.0, 400.0), _engines, 2, (250.0,),
             shown=_SHOWN,
         ),
         Experiment(
             "horizon", "How long a run has to be, conversations, TTFT 200 ms, TPOT 100 ms", (WIDE_PAIR, COLOCATED),
-            "requests of a run", (100.0, 300.0, 1000.0, 3000.0), _horizon, 3, (300.0,), shown=_SHOWN,
+            "requests of a run", (100.0, 300.0, 1000.0, 3000.0), _horizon, 2, (300.0,), shown=_SHOWN,
         ),
         Experiment(
             "placement", "Placement in a node of four, 512/64, TTFT 400 ms", (SEARCH, ALL), "TPOT limit, ms",

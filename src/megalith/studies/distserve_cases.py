@@ -124,7 +124,7 @@ def place(options: dict[str, float | str]) -> dict[str, float | None]:
     question = PlacementQuestion(
         model=MODEL, workload=fixed(), device=DEVICE, affinity="low", node_devices=4, timer="distserve:vllm",
         slo=make_slo(ttft_ns=400 * MS, tpot_ns=round(float(options["tpot_ms"]) * MS)), tensor_parallel=(1, 2, 4),
-        pipeline_parallel=(1, 2) if options["pipelines"] else (1,), seed=int(options["seed"]),
+        pipeline_parallel=(1,), seed=int(options["seed"]),
         step=float(options["step"]), exhaustive=bool(options["exhaustive"]),
     )  # fmt: skip
     plan = plan_placement(question)

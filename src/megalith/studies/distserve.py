@@ -58,7 +58,7 @@ def _conv(engine: Engine) -> Experiment:
         point = scenario(fleet_of(case.arm), conversations(), engine, 250, case.at, case.seed)
         return searched(point, case.fast, case.arm)
 
-    arms = (PAIR, COLOCATED, WIDE, CHUNKED[0], PROMPTS, TOKENS)
+    arms = (PAIR, COLOCATED, WIDE, *CHUNKED, PROMPTS, TOKENS)
     title = f"Azure conversations up to 2,048 tokens, TTFT 250 ms, step times of {engine}"
     return Experiment(f"conv-{engine}", title, arms, "TPOT limit, ms", (40.0, 100.0), task, 2, (40.0,), shown=_SHOWN)
 

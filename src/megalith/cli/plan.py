@@ -38,6 +38,11 @@ app.command(
     "megalith.cli.plan_fleet:app", name="fleet", help="Find the cheapest fleet that keeps a service level under a load."
 )
 app.command(
+    "megalith.cli.plan_placement:app",
+    name="placement",
+    help="Place prefill and decode apart: degrees and instances of each, by goodput a device.",
+)
+app.command(
     "megalith.cli.plan_platform:app",
     name="platform",
     help="Say what a platform must have for a use case, and its links.",

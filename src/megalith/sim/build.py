@@ -27,6 +27,8 @@ from megalith.cost.memory import (
 from megalith.cost.profile import Profile, from_device
 from megalith.cost.timer_analytic import AnalyticTimer
 from megalith.cost.timer_choice import KINDS, choose_timer
+from megalith.cost.timer_distserve import distserve_for
+from megalith.cost.timer_instant import INSTANT, instant
 from megalith.cost.timer_operators import OperatorTimer
 from megalith.cost.timer_phases import DeviceTimer, PhasePower
 from megalith.cost.timer_published import published, published_timers
@@ -159,6 +161,12 @@ class Builder:
             table = _splitwise_table(scenario.model, pool)
             query = _token_query(option)
             return table.timer(query), f"splitwise-sim's medians, {query} decode times", None
+        if kind == "distserve":
+            degrees = pool.tensor_parallel, pool.pipeline_parallel
+            timer, timing, tokens = distserve_for(spec.name, catalog.device(pool.device).name, *degrees, option)
+            return timer, timing, None if tokens is None else tokens // pool.block_tokens
+        if name == INSTANT:
+            return instant(), "no time at all: left out of the measurement", None
         if kind == "vidur":
             entry = vidur_for(spec.name, catalog.device(pool.device).name, pool.tensor_parallel, option)
             return entry.timer(pool.pipeline_parallel), f"Vidur's fit of measured operators, {entry.network}", None

@@ -16,10 +16,12 @@ STUDIES: dict[str, str] = {
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
+    "distserve": "DistServe: prefill and decode on devices of their own, by goodput, against devices that do both",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",
+    "splitwise-designs": "Splitwise: prompt and token machines by rate, cost and power, against mixed machines",
 }
 """By name, in the order of `--all`; the module of that name (`_` for `-`) in this package has it as STUDY."""
 

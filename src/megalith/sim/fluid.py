@@ -109,7 +109,7 @@ class FluidServers:
         self.power_w = np.full(servers, watts[0])
         """Mean over the last step."""
         self.prompt_s, self.idle_s = np.zeros(servers), np.zeros(servers)
-        """Of the last step."""
+        """Since the beginning."""
         self.peak_tokens = np.zeros(servers)
         """Most in the cache of each, at any step's beginning."""
         self._slots = _FIRST_SLOTS
@@ -144,12 +144,14 @@ class FluidServers:
             here = slice(first, last)
             self._join(now_s, at_s[here], server[here], kind[here], decode_s, prompt_s, idle_s)
         prompt_s -= np.maximum(self._until_s - (now_s + step_s), 0.0)
-        np.clip(prompt_s, 0.0, step_s, out=prompt_s)
+        np.maximum(prompt_s, 0.0, out=prompt_s)
+        np.minimum(prompt_s, step_s, out=prompt_s)
         virtual = self._virtual + (step_s - prompt_s) / decode_s
         self._end(now_s + step_s, virtual, decode_s, idle_s)
         self._virtual = virtual
         np.minimum(idle_s, step_s - prompt_s, out=idle_s)
-        self.prompt_s, self.idle_s = prompt_s, idle_s
+        self.prompt_s += prompt_s
+        self.idle_s += idle_s
         decoding = step_s - prompt_s - idle_s
         self.power_w = (self._idle_w * idle_s + self._prompt_w * prompt_s + self._decode_w * decoding) / step_s
 

@@ -72,6 +72,12 @@ class RowPower:
         self._actuation_ns = round(spec.actuation_s * NS_PER_S)
         self._brake_ns = round(spec.brake_s * NS_PER_S)
 
+    @property
+    def clock(self) -> float:
+        """Of what is in the domain and in no pool."""
+        name = self.spec.name
+        return min(self._scopes[name], self._braked[name][0] if name in self._braked else 1.0)
+
     def sample(self, now_ns: int, power_w: float) -> bool:
         """A telemetry sample, and what follows from it. True when a pool's clock has changed."""
         counters, spec, view = self.counters, self.spec, self._view

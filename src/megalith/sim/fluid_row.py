@@ -173,8 +173,8 @@ class _Rows:
             RowPower(row.power, POOLS, None if row.policy is None else registry.controller(row.policy, row.seed))
             for row in rows
         ]
+        self.controlled = [(row, self.powers[row]) for row, spec in enumerate(rows) if spec.policy is not None]
         self.samples: list[Floats] = []
-        self.prompt_s, self.idle_s = np.zeros(len(rows)), np.zeros(len(rows))
 
     def chunk(self, first_step: int, wanted: dict[int, Floats]) -> None:
         """Some steps; `wanted` has the rates of each seed in them."""
@@ -190,11 +190,10 @@ class _Rows:
             servers.step(now_s, at_s, server, kind, bounds[step])
             power_w = np.add.reduceat(servers.power_w, starts)
             self.samples.append(power_w)
-            self.prompt_s += np.add.reduceat(servers.prompt_s, starts)
-            self.idle_s += np.add.reduceat(servers.idle_s, starts)
             end_ns = (first_step + step + 1) * step_ns
-            for row, (power, watts) in enumerate(zip(self.powers, power_w.tolist(), strict=True)):
-                if power.sample(end_ns, watts):
+            watts = power_w.tolist()
+            for row, power in self.controlled:
+                if power.sample(end_ns, watts[row]):
                     self._set_clocks(row, now_s + self.step_s)
 
     def _set_clocks(self, row: int, now_s: float) -> None:
@@ -207,6 +206,11 @@ class _Rows:
         """What came of that row."""
         spec, kinds, steps = self.rows[row], self.load.kinds, len(self.samples)
         here = slice(self.first[row], self.first[row + 1])
+        power_w = np.array([power[row] for power in self.samples], dtype=np.float32)
+        counters = self.powers[row].counters
+        if spec.policy is None:
+            over = int((power_w > spec.power.budget_w).sum())
+            counters = PowerCounters(samples=steps, violations=over, peak_w=float(power_w.max()))
         found = {
             kind.name: Stretches(self.tally.counts[row * len(kinds) + index], self.machine.alone_s(kind))
             for index, kind in enumerate(kinds)
@@ -217,11 +221,11 @@ class _Rows:
         requests = sum(found[kind.name].requests for kind in kinds)
         server_s = steps * self.step_s * spec.servers
         return RowResult(
-            spec=spec, power_w=np.array([power[row] for power in self.samples], dtype=np.float32),
-            counters=self.powers[row].counters, requests=requests,
+            spec=spec, power_w=power_w, counters=counters, requests=requests,
             capped={pool: self.powers[row].slowed[pool] / steps for pool in POOLS},
             peak_tokens=float(self.servers.peak_tokens[here].max()),
-            prompt_share=self.prompt_s[row] / server_s, idle_share=self.idle_s[row] / server_s, stretch=found,
+            prompt_share=float(self.servers.prompt_s[here].sum()) / server_s,
+            idle_share=float(self.servers.idle_s[here].sum()) / server_s, stretch=found,
         )  # fmt: skip
 
 

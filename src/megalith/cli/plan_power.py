@@ -1,4 +1,4 @@
-"""`megalith plan power`: what a row of servers draws of its power budget, and how many more it carries under a policy."""
+"""`megalith plan power`: what a row of servers draws of its power budget, and how many more it carries."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How many servers a row's power budget carries under a power policy: calibrated by what the row draws today.
 
 A row of `budget_servers` provisioned servers draws at most `peak` of its budget in a week: that fixes the rate of
-requests. Then rows with more servers, each with the same load on a server, are simulated side by side (sim/fluid_row.py)
-under the policy and without one. A count holds when nothing brakes and latencies keep the limits against the same row
+requests. Then rows with more servers, each with the same load on a server, are simulated side by side
+(sim/fluid_row.py) under the policy and without one. A count holds when nothing brakes and latencies keep the limits against the same row
 with nobody at the clocks. Every figure is simulated. Knows rows, budgets and limits; must not know how they are shown.
 """
 
@@ -185,20 +185,18 @@ def lost(row: RowResult, free: RowResult) -> Lost:
 
 def headroom(
     question: RowQuestion, policy: PolicySpec, factor: float, counts: Sequence[int] = (), limits: Limits | None = None,
-    seed: int = 0,
+    seed: int = 0, hours: float = _BUSY_HOURS,
 ) -> Headroom:  # fmt: skip
-    """How many servers the budget carries under this policy, in some seconds: the three busiest hours of a Tuesday.
+    """How many servers the budget carries under this policy, in some seconds: the busiest `hours` of a Tuesday.
 
     `factor` is what calibrate() found. All counts (by default the budget's up to 1.5 times as many, by two) run side by
     side. A week may hold a worse moment: `megalith plan power --servers` looks at one.
     """
     counts = sorted(counts) or range(question.budget_servers, round(1.5 * question.budget_servers) + 1, 2)
     limits = limits or Limits()
-    load = _busy(question)
-    rows = [
-        question.row(count, chosen, factor, seed) for chosen in (policy, None) for count in counts
-    ]
-    results = simulate_rows(rows, load, question.machine, _BUSY_HOURS * 3600)
+    load = _busy(question, hours)
+    rows = [question.row(count, chosen, factor, seed) for chosen in (policy, None) for count in counts]
+    results = simulate_rows(rows, load, question.machine, hours * 3600)
     held, unbraked, peak = 0, 0, 0.0
     both = zip(counts, results[: len(counts)], results[len(counts) :], strict=True)
     alive = fine = True
@@ -212,9 +210,9 @@ def headroom(
     return Headroom(policy.name, question.budget_servers, held, unbraked, peak)
 
 
-def _busy(question: RowQuestion) -> RowLoad:
+def _busy(question: RowQuestion, hours: float = _BUSY_HOURS) -> RowLoad:
     hour = question.load.week.peak_hour
-    return msgspec.structs.replace(question.load, start_s=S_PER_DAY + (hour - _BUSY_HOURS / 2) * 3600)
+    return msgspec.structs.replace(question.load, start_s=S_PER_DAY + (hour - hours / 2) * 3600)
 
 
 def _peaks(

@@ -36,7 +36,7 @@ def row_table(results: Sequence[RowResult]) -> Table:
         ],
         "A row by power policy",
         notes=[
-            "Latencies: end to end over those of the same requests alone, against the same row with nobody at the clocks.",
+            "Latencies: end to end over those of a request alone, against the same row with nobody at the clocks.",
             "Capped: share of the time at less than the full clock.",
         ],
     )

@@ -67,9 +67,7 @@ class Machine:
             prompts = np.array([_prompt_s(timer, kind.input_tokens) for kind in self.kinds])
             tokens = round(4 * self._mean)
             slower = self._decode_s(timer, tokens) / self._decode_s(self.timer, tokens)
-            idle, prompt, decode = (
-                self.other_w + self.devices * each for each in timer.power_w(self._exponent)
-            )
+            idle, prompt, decode = (self.other_w + self.devices * each for each in timer.power_w(self._exponent))
             found = self._at[fraction] = (prompts, slower, (idle, prompt, decode))
         return found
 

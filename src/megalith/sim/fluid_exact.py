@@ -1,7 +1,7 @@
 """One window of a row at the fidelity `exact`: the same requests, step by step, for holding `fluid` against it.
 
-The requests, their servers and the telemetry times are those of simulate_rows(); every server is an instance with its own
-scheduler, and the power domain is that of sim/power.py under the same policy.
+The requests, their servers and the telemetry times are those of simulate_rows(); every server is an instance with its
+own scheduler, and the power domain is that of sim/power.py under the same policy.
 """
 
 from __future__ import annotations

@@ -103,9 +103,7 @@ def pick_servers(seed: int, priority: int, routed: int, count: int, servers: int
     return np.minimum(((words >> np.uint64(12)).astype(np.float64) * _SHARE * servers).astype(np.int64), servers - 1)
 
 
-def in_steps(
-    parts: Sequence[tuple[Floats, Ints, Ints]], first_step: int, steps: int, step_s: float
-) -> Arrivals:
+def in_steps(parts: Sequence[tuple[Floats, Ints, Ints]], first_step: int, steps: int, step_s: float) -> Arrivals:
     """The arrivals of several rows, sorted for a simulation that goes step by step."""
     at_s, server, kind = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     step = np.clip((at_s / step_s).astype(np.int64) - first_step, 0, steps - 1)

@@ -1,8 +1,8 @@
 """The power domain of a row at the fidelity `fluid`: telemetry in, commands of the policy's own objects out.
 
 The controller is the object of policy/ that an exact run drives, with the same events and commands. Clocks take effect
-`actuation_s` after the command, brakes at once and for `brake_s`, both at the next telemetry sample: an interval has one
-clock. The clock of a pool is the lowest of what is set for it, for the domain, and by brakes, as in sim/power.py.
+`actuation_s` after the command, brakes at once and for `brake_s`, both at the next telemetry sample: an interval has
+one clock. The clock of a pool is the lowest of what is set for it, for the domain, and by brakes, as in sim/power.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """simulate_rows(): rows of servers over weeks, several rows side by side, each under its own power policy.
 
 Rows that run side by side share machine, kinds of requests and time, and differ in servers, policy, budget and rate;
-those with the same seed have the same wandering of the load. One vector holds all their servers, so ten rows cost little
-more than one. Every figure is simulated, at the fidelity `fluid`.
+those with the same seed have the same wandering of the load. One vector holds all their servers, so ten rows cost
+little more than one. Every figure is simulated, at the fidelity `fluid`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A row that trains: one synchronous job over all servers, whose compute and communication phases everybody shares.
 
 Nothing averages out: when one server computes, all do. Under a lower clock the compute phase takes longer and the
-communication phase as long as before. Profile of POLCA (ASPLOS 2024, as accounts of it give it): 97 % of the provisioned
-power at the peak, swings of 37.5 % within two seconds.
+communication phase as long as before. Profile of POLCA (ASPLOS 2024, as accounts of it give it): 97 % of the
+provisioned power at the peak, swings of 37.5 % within two seconds.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class TrainingResult(NamedTuple):
 
 
 def train_row(
-    servers: int, power: PowerSpec, policy: PolicySpec | None, duration_s: float, profile: TrainingProfile | None = None,
-    exponent: float = POWER_EXPONENT,
+    servers: int, power: PowerSpec, policy: PolicySpec | None, duration_s: float,
+    profile: TrainingProfile | None = None, exponent: float = POWER_EXPONENT,
 ) -> TrainingResult:  # fmt: skip
     """Run a job on so many servers for so long, in steps of the telemetry; the whole row is one scope."""
     profile = profile or TrainingProfile()

@@ -130,7 +130,7 @@ Rates: TypeAlias = Floats
 
 def rates(load: RowLoad, seed: int, steps: int, step_s: float) -> Rates:
     """Requests a second and server of each kind in each step."""
-    at_s = load.start_s + (np.arange(steps) + 0.5) * step_s
+    at_s = load.start_s + (np.arange(steps, dtype=np.float64) + 0.5) * step_s
     week = load.week.shares(at_s) * load.rate_per_server
     return np.stack(
         [

@@ -1,4 +1,4 @@
-"""What the points of the study `polca` compute: rows side by side over a week, windows against exact runs, training rows.
+"""What the points of the study `polca` compute: rows of a week, windows against exact runs, training rows.
 
 Everything with the same seed, load and machine is one batch of rows, run once in a process.
 """
@@ -18,19 +18,24 @@ from megalith.sim.fluid_row import POOLS, RowResult, RowSpec, simulate_rows
 from megalith.sim.training_row import train_row
 from megalith.specs import catalog
 from megalith.specs.fleet import PolicySpec, PoolSpec, PowerSpec
-from megalith.specs.row_load import BURSTS, POLCA_KINDS, S_PER_DAY, WEEK_S, RowLoad
+from megalith.specs.row_load import BURSTS, POLCA_KINDS, S_PER_DAY, WEEK_S, RequestKind, RowLoad
 
 COUNTS = (44, 48, 50, 52, 54, 56)
 """Servers in the budget of 40."""
 SECONDS = (0.85, 0.89, 0.93, 0.97)
 """Second thresholds."""
 ACTUATIONS_S = (0.0, 40.0, 120.0)
+FAST_DELAY_S = 120.0
 PUBLISHED = 52
+FAST_COUNTS = (50, PUBLISHED, 54)
+BUSY_START_S, BUSY_S = S_PER_DAY + 12 * 3600, 6 * 3600.0
+"""The busiest six hours of a Tuesday."""
+GRIDS = {"all": COUNTS, "few": FAST_COUNTS, "one": (PUBLISHED,)}
 KV_BLOCKS = (8 * 80 * 2**30 - 329_000_000_000) // (16 * 4_014_080)
 """Of a machine: 640 GiB less the weights as splitwise-sim counts them, in blocks of 16 tokens."""
 MOST_TOKENS = 4096
 """BLOOM was trained on 2,048, but its positions have no bound."""
-_FAST_START_S, _FAST_S = S_PER_DAY + 8 * 3600, 12 * 3600.0
+_FAST_START_S, _FAST_S = S_PER_DAY + 10 * 3600, 8 * 3600.0
 CALIBRATED_ON = 1000
 """Seed of the week that fixes the rate; reported weeks have others."""
 
@@ -54,6 +59,15 @@ def row(options: Options) -> Figures:
         _number(options, "actuation_s"),
     )  # fmt: skip
     return _figures(rows[key], rows[_Key(key.servers, "")])
+
+
+def busy(options: Options) -> Figures:
+    """52 servers in the busiest hours, by second threshold and delay."""
+    rows = _busy(_number(options, "calibration_s"), int(_number(options, "seed")))
+    key = _Key(
+        PUBLISHED, _text(options, "policy"), _number(options, "second"), _number(options, "actuation_s")
+    )  # fmt: skip
+    return _figures(rows[key], rows[_Key(PUBLISHED, "")])
 
 
 def agreement(options: Options) -> Figures:
@@ -109,7 +123,7 @@ def rate_factor(bursts: str, span_s: float) -> float:
 
 
 def _question(bursts: str, span_s: float, exponent: float = 2.2) -> RowQuestion:
-    kinds = POLCA_KINDS
+    kinds: tuple[RequestKind, ...] = POLCA_KINDS
     if bursts != "traces":
         kinds = tuple(msgspec.structs.replace(kind, bursts=BURSTS[bursts]) for kind in kinds)
     start_s = _FAST_START_S if span_s == _FAST_S else 0.0
@@ -125,15 +139,29 @@ def _row(question: RowQuestion, key: _Key, factor: float, seed: int) -> RowSpec:
 
 @functools.cache
 def _batch(bursts: str, span_s: float, seed: int, exponent: float, grid: str) -> dict[_Key, RowResult]:
-    """Rows side by side: `all` is every count and policy, and POLCA's thresholds and delays; `one` is 52 servers."""
+    """Rows side by side: counts of the grid by every policy, and POLCA's thresholds and delays unless it is `one`."""
     question = _question(bursts, span_s, exponent)
     policies = ("", "no-cap", "single-threshold", "polca")
-    counts = COUNTS if grid == "all" else (PUBLISHED,)
-    keys = [_Key(count, policy) for count in counts for policy in policies]
-    if grid == "all":
-        keys += [_Key(PUBLISHED, "polca", second, delay) for second in SECONDS for delay in ACTUATIONS_S]
+    keys = [_Key(count, policy) for count in GRIDS[grid] for policy in policies]
+    delays = {"all": ACTUATIONS_S, "few": (FAST_DELAY_S,)}.get(grid, ())
+    keys += [_Key(PUBLISHED, "polca", second, delay) for second in SECONDS for delay in delays]
     keys = list(dict.fromkeys(keys))
     factor = rate_factor(bursts, span_s)
+    return _run(question, keys, factor, seed, span_s)
+
+
+@functools.cache
+def _busy(calibration_s: float, seed: int) -> dict[_Key, RowResult]:
+    question = _question("traces", calibration_s)
+    question = msgspec.structs.replace(
+        question, load=msgspec.structs.replace(question.load, start_s=BUSY_START_S)
+    )  # fmt: skip
+    keys = [_Key(PUBLISHED, ""), _Key(PUBLISHED, "no-cap")]
+    keys += [_Key(PUBLISHED, "polca", second, delay) for second in SECONDS for delay in ACTUATIONS_S]
+    return _run(question, keys, rate_factor("traces", calibration_s), seed, BUSY_S)
+
+
+def _run(question: RowQuestion, keys: list[_Key], factor: float, seed: int, span_s: float) -> dict[_Key, RowResult]:
     rows = [_row(question, key, factor, seed) for key in keys]
     return dict(zip(keys, simulate_rows(rows, question.load, question.machine, span_s), strict=True))
 

@@ -2,8 +2,9 @@
 
 A row of `budget_servers` provisioned servers draws at most `peak` of its budget in a week: that fixes the rate of
 requests. Then rows with more servers, each with the same load on a server, are simulated side by side
-(sim/fluid_row.py) under the policy and without one. A count holds when nothing brakes and latencies keep the limits against the same row
-with nobody at the clocks. Every figure is simulated. Knows rows, budgets and limits; must not know how they are shown.
+(sim/fluid_row.py) under the policy and without one. A count holds when nothing brakes and latencies keep the limits
+against the same row with nobody at the clocks. Every figure is simulated. Knows rows, budgets and limits; must not know
+how they are shown.
 """
 
 from __future__ import annotations

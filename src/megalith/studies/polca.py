@@ -286,7 +286,7 @@ STUDY = Study(
         Experiment("bursts", f"{PUBLISHED} servers, two days, by bursts: {', '.join(BURSTS)}", (ON, OFF), "bursts",
                    tuple(map(float, range(len(BURSTS)))), _bursts, 1, (2.0,), shown=_SHOWN),
         Experiment("training", "A row that trains", (ON, SINGLE, OFF), _TITLE, TRAINED, _training, 1,
-                   (40.0, 41.0, 42.0), 
+                   (40.0, 41.0, 42.0),
                    shown={"brakes": "brakes", "peak of budget": "peak", "slower": "slowdown", "swing in 2 s": "swing"}),
         Experiment("agreement", "Fluid against exact over an hour of a Tuesday",
                    (ON, Arm("", "off", "nobody at the clocks")), "hour", HOURS, _agreement, 2,
@@ -298,14 +298,14 @@ STUDY = Study(
     judge=judge,
     profiles=(
         "splitwise-sim's medians of BLOOM-176B on 8 A100, decode steps by tokens in the cache; 400, 250 and 63 W a "
-        "device in prompts, decodes and idle, and what is above idle falls with the clock to the power 2.2 (an assumption, "
-        "swept); 3,105 W a server beside the devices, of 6,500 W provisioned",
+        "device in prompts, decodes and idle, and what is above idle falls with the clock to the power 2.2 (an "
+        "assumption, swept); 3,105 W a server beside the devices, of 6,500 W provisioned",
     ),
     differences=(
         "The six weeks of production telemetry are not public. Requests are drawn: Poisson with a rate that follows "
-        "the week (valley 0.3 of the peak, weekends 0.75) and wanders within minutes and seconds as those of the public "
-        "Azure traces of 2023 do: summaries like the code trace (long prompts, short answers), searches and chats like "
-        "the conversation trace. The experiment `bursts` has the same with none, and with the conversation's for all.",
+        "the week (valley 0.3 of the peak, weekends 0.75) and wanders within minutes and seconds as those of the "
+        "public Azure traces of 2023 do: summaries like the code trace (long prompts, short answers), searches and "
+        "chats like the conversation trace. The experiment `bursts` has none, and the conversation's for all.",
         "Only the rate is calibrated: 40 servers draw 79 % of their budget at most in one drawn week, and other weeks "
         "are reported. How fast power rises comes from the model.",
         "Low and high priority have half of the servers each, and a request goes to any server of its half.",

@@ -200,8 +200,8 @@ def _within(results: Results) -> Finding:
         found[arm.name] = None
         for count in results.places("servers"):
             worst = {figure: _over(results, arm, figure, count) for figure in (*limits, "brakes")}
-            held = all((worst[figure] or 0.0) <= limit for figure, limit in limits.items())
-            if not held or worst["brakes"]:
+            bounds = {**limits, "brakes": 0.0}
+            if not all((value := worst[figure]) is not None and value <= bound for figure, bound in bounds.items()):
                 break
             found[arm.name] = count
     texts = ["-" if count is None else f"{count:.0f} servers" for count in found.values()]

@@ -57,6 +57,11 @@ app.command(
     name="context",
     help="Say what long contexts cost, and the ways back to a short one.",
 )
+app.command(
+    "megalith.cli.plan_power:app",
+    name="power",
+    help="Say how many servers a row's power budget carries, and what capping costs them.",
+)
 
 
 @Parameter(name="*", group="What to plan")

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import autoscale, capping, expert_routing, freeness, pools, router_options, routing
+from megalith.policy import autoscale, by_priority, capping, expert_routing, freeness, pools, router_options, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -103,6 +103,12 @@ ROUTERS: dict[str, Entry[Router]] = {
         pools.SplitwiseOptions,
         "prompt, token and mixed pool; borrowed instances return when idle",
         "Splitwise, ISCA 2024; mixed_pool of splitwise-sim",
+    ),
+    "by-priority": Entry(
+        by_priority.ByPriority,
+        by_priority.ByPriorityOptions,
+        "low and high priority on pools of their own, there any with equal chances",
+        "POLCA, ASPLOS 2024",
     ),
 }
 

@@ -47,6 +47,11 @@ app.command(
     name="context",
     help="Say what long contexts cost, and the ways back to a short one.",
 )
+app.command(
+    "megalith.cli.plan_attention:app",
+    name="attention",
+    help="Say where attention on other devices or drives pays, by context.",
+)
 
 
 @Parameter(name="*", group="What to plan")

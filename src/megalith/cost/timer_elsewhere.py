@@ -39,9 +39,7 @@ MAX_MEMO = 1 << 16
 class ElsewhereTimer:
     """The StepTimer and DeviceTimer of a model on one instance with devices for attention."""
 
-    def __init__(
-        self, cost: CostModel, devices: AttentionDevices, factor: float = 1.0, clock: float = 1.0
-    ) -> None:
+    def __init__(self, cost: CostModel, devices: AttentionDevices, factor: float = 1.0, clock: float = 1.0) -> None:
         """`cost` is that of one model replica. Raises ConfigError when SparF was asked for unmeasured."""
         devices.spec.check_quality()
         self.cost, self.devices = cost, devices
@@ -153,4 +151,3 @@ class ElsewhereTimer:
         idle = part * plain.idle_w + others * self.devices.idle_w
         prompt = plain.prompt_w + (part - 1) * plain.idle_w + others * self.devices.idle_w
         return power_at_clock(PhasePower(idle, prompt, part * model_w + others * there), self.clock, exponent)
-

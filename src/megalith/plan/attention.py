@@ -140,16 +140,18 @@ def plan_attention(question: AttentionQuestion) -> AttentionPlan:
     """The best deployments by context. Raises ConfigError for what cannot be asked."""
     if not question.contexts or min(question.contexts) < 1:
         raise ConfigError("Contexts must be at least one token.", "Write them like 1024,8192.")
-    kinds = [parse_attention(_text(question, count, number)) for count in question.counts for number in question.batches]
+    kinds = [
+        parse_attention(_text(question, count, number)) for count in question.counts for number in question.batches
+    ]
     for kind in kinds:
         kind.check_quality()
     is_device = catalog.find_device(question.attention_device) is not None
     rows = tuple(
         ContextRow(
             context=context,
-            mixed=best(
+            mixed=with_link(question, context, best(
                 [mixed(question, context, tp, *way) for tp in question.tensor_parallel for way in _ways(question)]
-            ),
+            )),
             own=best([plain(question, context, tp, question.device) for tp in question.tensor_parallel]),
             other=best([plain(question, context, tp, question.attention_device) for tp in question.tensor_parallel])
             if is_device else None,
@@ -210,15 +212,24 @@ def mixed(
         return None
     requests, step_s = found
     query, pair = down_bytes(spec)
-    busier = max(query + pair, query) if devices.spec.at == "there" else context * kv_bytes_per_token(spec) // spec.num_layers
+    at_home = kv_bytes_per_token(spec, question.kv_format) * context
+    crossing = (query + pair) * spec.num_layers if devices.spec.at == "there" else at_home
     replicas = f"{devices.spec.replicas}x" if devices.spec.replicas > 1 else ""
     return Deployment(
         name=f"{replicas}{tensor_parallel}x{question.device} + {count}x{question.attention_device}, {batches} batches",
         tensor_parallel=tensor_parallel, count=count, batches=batches, requests=requests, step_s=step_s,
         usd_per_hour=instance_price(devices, profile.price_per_hour_usd, tensor_parallel),
-        link_bytes_per_s=requests * busier * spec.num_layers / step_s,
-        needed_bytes_per_s=needed_link(timer, requests, context),
+        link_bytes_per_s=requests * crossing / step_s,
     )  # fmt: skip
+
+
+def with_link(question: AttentionQuestion, context: int, found: Deployment | None) -> Deployment | None:
+    """The same with what its link must carry."""
+    if found is None:
+        return None
+    devices = attention_devices(parse_attention(_text(question, found.count, found.batches)))
+    timer = ElsewhereTimer(_cost(question, question.device, found.tensor_parallel), devices)
+    return msgspec.structs.replace(found, needed_bytes_per_s=needed_link(timer, found.requests, context))
 
 
 def needed_link(timer: ElsewhereTimer, requests: int, context: int) -> float:
@@ -279,8 +290,3 @@ def _most(question: AttentionQuestion, room: _Room, context: int) -> tuple[int, 
         middle = (low + high) // 2
         low, high = (middle, high) if seconds(middle) <= limit_s else (low, middle)
     return low, seconds(low)
-
-
-def with_options(question: AttentionQuestion, options: str) -> AttentionQuestion:
-    """The same question with other options of the attention."""
-    return msgspec.structs.replace(question, options=options)

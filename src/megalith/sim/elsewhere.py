@@ -87,7 +87,8 @@ def _check(pool: PoolSpec, timer: str) -> None:
         raise ConfigError(f"{where}, and prompts only, which never decode.", "Give that to a decode or mixed pool.")
     if pool.pipeline_parallel > 1:
         raise ConfigError(
-            f"{where} and {pool.pipeline_parallel} stages of a pipeline, which do not go together.", "Use tensor_parallel."
+            f"{where} and {pool.pipeline_parallel} stages of a pipeline, which do not go together.",
+            "Use tensor_parallel.",
         )
     if pool.preempt == "swap":
         raise ConfigError(f"{where}, whose KV has no way to host memory.", "Say preempt=recompute.")

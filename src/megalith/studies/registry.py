@@ -16,6 +16,8 @@ STUDIES: dict[str, str] = {
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
+    "instinfer": "InstInfer: decode attention inside the drives that hold KV, against KV over the host's path",
+    "lamina": "Lamina: attention on cheaper devices with much memory, against one kind and against attention at home",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
 }

@@ -84,7 +84,8 @@ def _question(model: str, what: What) -> AttentionQuestion:
 
     return AttentionQuestion(
         spec=resolve(model).spec, device=catalog.device(what.device).name, attention_device=what.attention_device,
-        contexts=_numbers("--context", what.context), tensor_parallel=_numbers("--tensor-parallel", what.tensor_parallel),
+        contexts=_numbers("--context", what.context),
+        tensor_parallel=_numbers("--tensor-parallel", what.tensor_parallel),
         counts=_numbers("--counts", what.counts), batches=_numbers("--batches", what.batches), options=what.options,
         weight_format=what.weight_format, tpot_ms=what.tpot, most_requests=what.requests,
     )  # fmt: skip

@@ -133,7 +133,7 @@ def kept_share(devices: AttentionDevices, spec: ModelSpec) -> float:
         return 1.0
     rows = max(1.0, devices.page_bytes / (VALUE_BYTES * spec.head_dim))
     runs = max(1.0, rows / devices.spec.run)
-    return 0.5 / keep + (1.0 - (1.0 - 1.0 / keep) ** runs)
+    return 0.5 / keep + 1.0 - math.pow(1.0 - 1.0 / keep, runs)
 
 
 def held_share(devices: AttentionDevices) -> float:

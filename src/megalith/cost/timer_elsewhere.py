@@ -1,10 +1,10 @@
 """ElsewhereTimer: steps of an instance whose attention runs on other devices, as exact integer lines between knots.
 
 A step gives one token to every request: one turn of the rotation in its steady state (`attention_elsewhere`), with
-batches that are as large as the largest of them, or one batch where that is faster. For a number of decodes it is scheduled at a few mean contexts (the
-knots) and straight in between. Prompts, for those that were preempted or come to a mixed pool, are computed on the
-model devices: KV of what came before them crosses the link to these, theirs goes back, and the longer of computing and
-crossing counts; decodes of the same step go before them.
+batches as large as the largest of them, or one batch where that is faster. For a number of decodes it is scheduled at a
+few mean contexts (the knots) and straight in between. Prompts, of those that were preempted or come to a mixed pool,
+are computed on the model devices: KV of what came before them crosses the link to these, theirs goes back, and the
+longer of computing and crossing counts; decodes of the same step go before them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DriveSpec: a drive that holds a KV cache, with or without a processor that computes attention, as the catalogue has it.
+"""DriveSpec: a drive that holds a KV cache, with or without a processor for attention, as the catalogue has it.
 
 Knows figures and their sources. Must not know models or formulas.
 """

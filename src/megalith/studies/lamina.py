@@ -1,4 +1,4 @@
-"""Lamina: attention on cheaper devices with much memory, batches in rotation, against H100s alone and attention at home.
+"""Lamina: attention on cheaper devices with much memory, batches in rotation, against H100 alone and attention at home.
 
 Pairs of fleets as published (1 or 2 H100 with twice as many H20, against 2 or 4 H100), by trace, by context, and in the
 simulated cluster over the rate. What the points compute is in lamina_cases.
@@ -32,7 +32,6 @@ from megalith.studies.study import (
     Simulated,
     Study,
 )
-
 
 ON = Arm("lamina", "on", "attention on H20, two batches in rotation")
 HOME = Arm("home", "off", "same devices, attention at home: KV crosses the link")
@@ -175,8 +174,8 @@ def _saving(results: Results, key: str) -> Finding:
     ratios = {at: 1.0 - value[0] for at, value in results.ratio(name, EARLY.name, LATE.name, "tbt_ms").items()}
     at = max(ratios, key=lambda place: ratios[place], default=0.0)
     on, off = (results.middle(name, arm.name, "tbt_ms", at) for arm in (EARLY, LATE))
-    shown = ["-" if value is None else f"{value:.1f} ms" for value in (on, off)]
-    return Finding(STUDY.claim(key), ratios.get(at), *shown, f"largest of 1 to 256 requests, at {at:g}")
+    with_it, without = ("-" if value is None else f"{value:.1f} ms" for value in (on, off))
+    return Finding(STUDY.claim(key), ratios.get(at), with_it, without, f"largest of 1 to 256 requests, at {at:g}")
 
 
 def _most(results: Results, arm: Arm) -> float | None:
@@ -186,9 +185,9 @@ def _most(results: Results, arm: Arm) -> float | None:
 
 def _taken(results: Results) -> Finding:
     on, own, home = (_most(results, arm) for arm in (ON, OWN, HOME))
-    shown = ["-" if value is None else f"{value:,.0f} tokens/s" for value in (on, own)]
+    with_it, without = ("-" if value is None else f"{value:,.0f} tokens/s" for value in (on, own))
     note = f"simulated, most over the rates; attention at home {home:,.0f}" if home else "simulated"
-    return Finding(STUDY.claim("simulated"), on / own if on and own else None, *shown, note)
+    return Finding(STUDY.claim("simulated"), on / own if on and own else None, with_it, without, note)
 
 
 def _table(results: Results) -> Table:

@@ -278,7 +278,8 @@ STUDY = Study(
         ),
         *(
             Experiment(
-                f"early-{model}", f"{model}, 1,024 tokens, by requests", (EARLY, LATE, ROTATION), "requests", _held(model),
+                f"early-{model}", f"{model}, 1,024 tokens, by requests", (EARLY, LATE, ROTATION), "requests",
+                _held(model),
                 _ablation(model), 1, (32.0, _held(model)[-1]), nature="predicted",
                 shown={"TBT, ms": "tbt_ms"},
             ) for model in _MODELS

@@ -91,3 +91,12 @@ def test_melange() -> None:
     # Which type is better is not as published, and knowing the size of a request is worth nothing in that.
     assert words["cells"] == "not reproduced"
     assert report.verdict == "partly"
+
+
+def test_instinfer() -> None:
+    report = report_of("instinfer")
+    assert_passed(report)
+    by_key = {finding.claim.key: finding for finding in report.judgement.findings if finding.counts}
+    assert by_key["dense"].word == "partly", "two bandwidths are 2.0x, not 6.85x"
+    assert by_key["simulated"].ours == pytest.approx(2.0, rel=0.05)
+    assert report.verdict == "partly"

@@ -34,34 +34,18 @@ Examples:
   megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384
   megalith plan serve smollm2 --memory 256MiB --json"""
 app.help_epilogue = _EXAMPLES
-app.command(
-    "megalith.cli.plan_fleet:app", name="fleet", help="Find the cheapest fleet that keeps a service level under a load."
-)
-app.command(
-    "megalith.cli.plan_placement:app",
-    name="placement",
-    help="Place prefill and decode apart: degrees and instances of each, by goodput a device.",
-)
-app.command(
-    "megalith.cli.plan_platform:app",
-    name="platform",
-    help="Say what a platform must have for a use case, and its links.",
-)
-app.command(
-    "megalith.cli.plan_coe:app",
-    name="coe",
-    help="Say what many models behind one node cost: memory by tier, switch time, latency.",
-)
-app.command(
-    "megalith.cli.plan_context:app",
-    name="context",
-    help="Say what long contexts cost, and the ways back to a short one.",
-)
-app.command(
-    "megalith.cli.plan_power:app",
-    name="power",
-    help="Say how many servers a row's power budget carries, and what capping costs them.",
-)
+_VERBS = {
+    "fleet": "Find the cheapest fleet that keeps a service level under a load.",
+    "placement": "Place prefill and decode apart: degrees and instances of each, by goodput a device.",
+    "platform": "Say what a platform must have for a use case, and its links.",
+    "coe": "Say what many models behind one node cost: memory by tier, switch time, latency.",
+    "context": "Say what long contexts cost, and the ways back to a short one.",
+    "power": "Say how many servers a row's power budget carries, and what capping costs them.",
+    "attention": "Say where attention on other devices or drives pays, by context.",
+}
+"""By name; each is the app of `megalith.cli.plan_NAME`."""
+for _name, _help in _VERBS.items():
+    app.command(f"megalith.cli.plan_{_name}:app", name=_name, help=_help)
 
 
 @Parameter(name="*", group="What to plan")

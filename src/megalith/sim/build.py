@@ -128,6 +128,15 @@ class Builder:
 
     def _kind(self, pool: PoolSpec) -> Kind:
         name = pool.timer or self.scenario.timer
+        if pool.attention is not None:
+            from megalith.sim.elsewhere import elsewhere
+
+            one = elsewhere(pool, name, self.spec, self._profile(pool), self._weight_bytes(pool), self.scenario)
+            context = min(self.spec.max_context, one.kv_blocks * pool.block_tokens)
+            return Kind(
+                one.timer, one.kv_blocks, pool.block_tokens, context, one.timing, one.price_per_hour_usd,
+                _power(one.timer),
+            )  # fmt: skip
         timer, timing, capacity = self._timer(pool, name)
         profile = self._profile(pool)
         experts = None

@@ -62,6 +62,9 @@ class PoolSpec(Config, kw_only=True):
     """Fraction of the rated power; None is uncapped."""
     max_count: int | None = None
     """Most instances that scaling may make of it; None: no bound but `count`."""
+    attention: str | None = None
+    """Devices of each instance that hold its KV cache and compute attention (`specs.attention`), as `4xh20`; None: its
+    own. Beside `tensor_parallel`, which is of one model replica."""
     start_s: float = 0.0
     """From the decision to start one more instance until it serves: machine, weights, warm-up."""
     experts: ExpertsSpec | None = None
@@ -81,7 +84,13 @@ class PoolSpec(Config, kw_only=True):
     @property
     def devices(self) -> int:
         """Devices of the whole pool."""
-        return self.count * self.tensor_parallel * self.pipeline_parallel
+        own = self.tensor_parallel * self.pipeline_parallel
+        if self.attention is not None:
+            from megalith.specs.attention import parse_attention
+
+            other = parse_attention(self.attention)
+            return self.count * (own * other.replicas + other.count)
+        return self.count * own
 
 
 class PairSpec(Config, kw_only=True):

@@ -56,7 +56,8 @@ def render_pool(pool: PoolSpec) -> str:
         if value > 1
     )
     role = "" if pool.role == "mixed" else f"{pool.role} "
-    return f"{role}{pool.count}x{pool.device}{parallel}"
+    attention = "" if pool.attention is None else f" attention on {pool.attention}"
+    return f"{role}{pool.count}x{pool.device}{parallel}{attention}"
 
 
 def _from_file(path: Path) -> FleetSpec:

@@ -17,6 +17,8 @@ STUDIES: dict[str, str] = {
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "distserve": "DistServe: prefill and decode on devices of their own, by goodput, against devices that do both",
+    "instinfer": "InstInfer: decode attention inside the drives that hold KV, against KV over the host's path",
+    "lamina": "Lamina: attention on cheaper devices with much memory, against one kind and against attention at home",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "polca": "POLCA: more servers in one power budget, low priority slowed first, against a brake alone",

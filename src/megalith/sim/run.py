@@ -230,7 +230,7 @@ class Run:
         scheduler = self.builder.scheduler(pool)
         instance: Instance
         if isinstance(scheduler, PipelinedScheduler):
-            instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
+            instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, pool.pipeline)
         else:
             instance = Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
         # Each device copies its own share, over its own link.

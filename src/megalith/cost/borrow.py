@@ -6,8 +6,8 @@ fetched while the layer before it is computed, into one of two buffers, so
     time of a borrowed layer = max(compute, fetch)       time of one that stays = compute
     compute = step / layers                              fetch = layer bytes of one device / bandwidth + latency
 
-After EnergonAI's peer memory pooling (Du et al., 2022, arXiv:2209.02341). All layers take an equal share of a step, head
-and host time included. The link has nothing else to do; who lends has its memory less. Knows no cluster.
+After EnergonAI's peer memory pooling (Du et al., 2022, arXiv:2209.02341). All layers take an equal share of a step,
+head and host time included. The link has nothing else to do; who lends has its memory less. Knows no cluster.
 """
 
 from __future__ import annotations

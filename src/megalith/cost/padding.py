@@ -79,7 +79,11 @@ class PaddedStages(PaddedTimer):
         return self.inner.stages_ps(padded(prompts), decodes, decodes * context_max, context_max)
 
     def parts_ps(
-        self, prompts: Sequence[Prompt], decodes: int, context_sum: int, context_max: int  # noqa: ARG002
+        self,
+        prompts: Sequence[Prompt],
+        decodes: int,
+        context_sum: int,  # noqa: ARG002
+        context_max: int,
     ) -> tuple[tuple[int, ...], int]:
         """See SendingTimer: what is sent is padded too."""
         if not isinstance(self.inner, SendingTimer):

@@ -122,7 +122,11 @@ class VidurTimer:
         return (stage + hop,) * (self.pipeline_parallel - 1) + (stage,)
 
     def parts_ps(
-        self, prompts: Sequence[Prompt], decodes: int, context_sum: int, context_max: int  # noqa: ARG002
+        self,
+        prompts: Sequence[Prompt],
+        decodes: int,
+        context_sum: int,
+        context_max: int,  # noqa: ARG002
     ) -> tuple[tuple[int, ...], int]:
         """See SendingTimer."""
         stage, hop = self._stage(prompts, decodes, context_sum)

@@ -145,7 +145,9 @@ class Builder:
                 what = f"Pool {pool.name!r} borrows {borrowed} layers, which a timer that knows its stages does not do."
                 raise ConfigError(what, "Use the timer `analytic` or `operators`, or no pipeline.")
             if pool.peer_layers % pool.pipeline_parallel or pool.host_layers % pool.pipeline_parallel:
-                what = f"The borrowed layers of pool {pool.name!r} cannot be spread over {pool.pipeline_parallel} stages."
+                what = (
+                    f"The borrowed layers of pool {pool.name!r} cannot be spread over {pool.pipeline_parallel} stages."
+                )
                 raise ConfigError(what, f"Borrow a multiple of {pool.pipeline_parallel}.")
             layers = self.spec.num_layers
             lent = loans(

@@ -17,7 +17,7 @@ from megalith.specs import catalog
 from megalith.specs.plan import Remedy
 
 WORTH_BORROWING = 0.5
-"""Borrowed layers that make a decode step longer by more than this are no remedy: the peer computes better. A choice."""
+"""Borrowed layers that make a decode step longer by more than this are no remedy: one computes better. A choice."""
 
 
 def remedies(request: ServeRequest) -> tuple[Remedy, ...]:

@@ -41,8 +41,8 @@ class Unit:
     blocks: int
     owner: int
     """Application whose own it is; -1: the base's."""
-    load: float = 0.0
-    """Share of the requests that come by, times its part of a model."""
+    share: float = 0.0
+    """Of the requests, those that come by."""
     stand_ins: list[int] = field(default_factory=list)
     """Units that are equivalent, though not deployed as the same."""
 
@@ -116,7 +116,7 @@ def make_zoo(spec: ZooSpec, sharing: Sharing, seed: int) -> Zoo:
             whole = sharing == "model" or not one.adapter
             chain = [unit(one.base, 0, spec.blocks, one.id if whole else -1)]
         for member in chain:
-            member.load += one.weight * member.blocks / spec.blocks
+            member.share += one.weight
         chains.append(tuple(member.id for member in chain))
     for (base, first, owner), own in units.items():
         if owner >= 0 and sharing == "blocks" and found[owner].cosines[first] >= spec.cosine:

@@ -20,6 +20,8 @@ SLACK = 1.25
 KV_REQUESTS = 4
 """A device gets an instance only with room for the KV of so many requests of SEEN_TOKENS beside it; a choice."""
 SEEN_TOKENS = 2048
+RETRY_NS = 500_000_000
+"""A unit for which there was no room is looked at again after as long; a choice."""
 IDLE_NS = 10_000_000_000
 """An added instance that nobody has used for as long may make room for another; a choice."""
 
@@ -38,6 +40,8 @@ class BlockFleet:
         self.loading: dict[int, Instance] = {}
         """By unit, the one that is on its way."""
         self.added = self.removed = 0
+        self._tried_ns: dict[int, int] = {}
+        """By unit, when there was no room for another one."""
         self._next_id = 0
         self._memory = self.devices[0].free_bytes
         self._chains: dict[int, list[int]] = {unit.id: [] for unit in self.zoo.units}
@@ -49,18 +53,22 @@ class BlockFleet:
     # First placement
 
     def _provision(self) -> None:
-        """As many instances of each unit as its expected load needs devices; the first of each before the second."""
+        """As many instances of each unit as its part of the requests is of the devices, the first of each before the
+        second; a device's expected load is in parts of all requests, through whole models."""
         number = len(self.devices)
         load = dict.fromkeys(range(number), 0.0)
-        wanted = {unit.id: ceil(unit.load * number) for unit in self.zoo.units}
-        order = sorted(self.zoo.units, key=lambda unit: (-unit.load, unit.id))
+        wanted = {unit.id: max(1, ceil(unit.share * number)) for unit in self.zoo.units}
+        order = sorted(self.zoo.units, key=lambda unit: (-unit.share, unit.id))
         for round_ in range(max(wanted.values())):
             for unit in order:
-                if round_ < max(1, wanted[unit.id]):
-                    self._first(unit, unit.load / max(1, wanted[unit.id]), load, needed=round_ == 0)
+                if round_ < wanted[unit.id]:
+                    part = unit.share * unit.blocks / (self.scenario.zoo.blocks * wanted[unit.id])
+                    self._first(unit, part, load, needed=round_ == 0)
 
     def _first(self, unit: Unit, part: float, load: dict[int, float], needed: bool) -> None:
         facts = [self._facts(device, unit, load[device.id] + part) for device in self.devices]
+        here = {instance.device.id for instance in self.instances[unit.id]}
+        facts = [one._replace(free_bytes=-1) if number in here else one for number, one in enumerate(facts)]
         place = self._place(unit, facts, SLACK / len(self.devices))
         if place is not None:
             load[place] += part
@@ -76,12 +84,14 @@ class BlockFleet:
 
     def scale(self, unit: Unit) -> None:
         """One more instance of a unit, unless one is on its way or there is no room."""
-        if unit.id in self.loading:
+        now_ns = self.kernel.now_ns
+        if unit.id in self.loading or now_ns - self._tried_ns.get(unit.id, -RETRY_NS) < RETRY_NS:
             return
         place = self._room(unit)
         if place is None and self._make_room(unit):
             place = self._room(unit)
         if place is None:
+            self._tried_ns[unit.id] = now_ns
             return
         instance = self._make(unit, self.devices[place])
         self.loading[unit.id] = instance

@@ -138,7 +138,7 @@ class BlockRun:
             queue.popleft()
             live = row.live
             live.scheduled_ns, live.instance = self.kernel.now_ns, row.owners[0].id
-            self._queue(row, row.owners[0])
+            self._arrived([row], row.owners[0])
 
     def _settle(self, row: Row) -> bool:
         """An instance for every hop, with room for its KV; otherwise none, and more are started where one lacked."""
@@ -181,7 +181,10 @@ class BlockRun:
         round_ns = device.round_ns() + instance.part(instance.base.row_ns)
         if not instance.present:
             round_ns += instance.part(instance.base.step_ns)
-        network = 0 if not owners or owners[-1].device is device else self._latency_ns(owners[-1].device, device)
+        network = 0
+        if owners and owners[-1].device is not device:
+            # Each token will find a step under way there, on average in the middle.
+            network = self._latency_ns(owners[-1].device, device) + instance.part(instance.base.step_ns) // 2
         return HopFacts(round_ns, 0, 0, network)
 
     def _more_room(self, _instance: Instance | None = None) -> None:
@@ -196,7 +199,6 @@ class BlockRun:
         instance.queue.append(row)
         if row.computes > 1:
             instance.prompt_tokens += row.computes
-        self._begin(instance.device)
 
     def _begin(self, device: Device) -> None:
         if device.running:
@@ -227,7 +229,6 @@ class BlockRun:
     def _end(self, event: tuple[Instance, list[Row], frozenset[Row]]) -> None:
         instance, rows, ahead = event
         device, done = instance.device, []
-        device.running = False
         truths: dict[Instance, list[Row]] = {}
         for row in rows:
             if row in ahead:
@@ -237,6 +238,7 @@ class BlockRun:
         for target, found in truths.items():
             self._message(device, target, len(found) * target.base.row_bytes, partial(self._truth, found, target))
         self._advance(done, instance)
+        device.running = False  # only now, so that all who stay here are in its queues
         self._begin(device)
 
     def _advance(self, rows: list[Row], instance: Instance) -> None:
@@ -297,9 +299,8 @@ class BlockRun:
         if len(others) < 2 or row.context == 0 or self.scenario.kv == "pinned":
             return owner
         now_ns = self.kernel.now_ns
-        queue_ns = owner.device.queue_ns(now_ns)
-        if queue_ns == 0:
-            return owner
+        if owner.queue or owner.device.queue_ns(now_ns) == 0:
+            return owner  # it joins a step that is to come, or begins at once
         options = [owner, *[one for one in others if one is not owner and self._has_room(one, row)]]
         facts = [self._hop(one, row, owner, source) for one in options]
         chosen = options[decide.next_hop(facts, self.scenario.kv == "coordinated")]
@@ -311,6 +312,8 @@ class BlockRun:
         device = instance.device
         network = 0 if device is source else self._latency_ns(source, device)
         queue_ns = device.queue_ns(self.kernel.now_ns)
+        if not instance.queue:
+            queue_ns += instance.part(instance.base.step_ns)  # a step of its own; others are joined
         if instance is owner:
             return HopFacts(queue_ns, 0, 0, network)
         again_ns = instance.part(row.context * instance.base.prompt_token_ns)
@@ -337,7 +340,7 @@ class BlockRun:
         self.counters.kv_moves += 1
         if owner.device is target.device:
             return target
-        self._message(owner.device, target, target.kv_bytes(row.context), partial(self._queue, row, target))
+        self._message(owner.device, target, target.kv_bytes(row.context), partial(self._arrived, [row], target))
         return None
 
     def _send(self, instance: Instance, target: Instance, rows: list[Row]) -> None:
@@ -347,8 +350,10 @@ class BlockRun:
         self._message(instance.device, target, num_bytes, partial(self._arrived, rows, target))
 
     def _arrived(self, rows: list[Row], target: Instance) -> None:
+        """All of a message are there before a step begins."""
         for row in rows:
             self._queue(row, target)
+        self._begin(target.device)
 
     def _message(self, source: Device, target: Instance, num_bytes: int, then: Callable[[], object]) -> None:
         if source is target.device:
@@ -408,7 +413,7 @@ class BlockRun:
                 self.counters.redone += 1
                 if trial.done:
                     row.trial = None
-                    self._queue(row, target)
+                    self._arrived([row], target)
                 else:
                     trial.state = "redo"
         if through:

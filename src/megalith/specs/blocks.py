@@ -32,9 +32,10 @@ class ZooSpec(Config, kw_only=True):
     skew: float = 1.0
     """Popularity of the application of rank r: (r + 1) ** -skew; 0 makes all the same."""
     cosine: float = 0.98
-    """A block at least this like its base's is equivalent: the base may stand in for it. Recalled from BlockLLM."""
-    merge_cosine: float = 0.99
-    """At least this alike, and only the base's block is deployed. An assumption between that and identity."""
+    """A block at least this like its base's is equivalent to it: the base may stand in. Recalled from BlockLLM."""
+    merge_cosine: float = 0.98
+    """At least this alike, and only the base's block is deployed at all. Above `cosine`, blocks between the two are
+    deployed, and the base stands in for them only where their queues are long."""
 
     def __post_init__(self) -> None:
         if not self.bases or not 1 <= self.applications <= 10_000:

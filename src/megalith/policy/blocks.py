@@ -81,11 +81,26 @@ def begins_ahead(own_queue: int, next_queue: int, next_busy: bool, surrogate_ns:
     return own_queue == 0 and next_queue == 0 and not next_busy and surrogate_ns < step_ns
 
 
-def turn(queues: Sequence[tuple[int, int, int]]) -> int:
-    """Which queue of a device runs next, of (arrival of its head, place in the chain, time of a step) each.
+class QueueFacts(NamedTuple):
+    """One queue of a device that has rows."""
 
-    The oldest, but those behind in their chains may overtake by as much as the steps between them take: then they
-    meet those ahead and one step serves both.
+    base: str
+    place: int
+    """Of its block in a chain."""
+    unit: int
+    head_ns: int
+    """Since when its first row waits."""
+
+
+def turn(queues: Sequence[QueueFacts], last: tuple[str, int, int]) -> int:
+    """Which queue of a device runs next; `last` is (base, place, unit) of the one before.
+
+    A device goes on along the chains of one base, so that rows at different places meet and one step serves them; at
+    the end of the chains the base whose rows have waited longest is next, from its first block on.
     """
-    keys = [head_ns + place * step_ns for head_ns, place, step_ns in queues]
-    return keys.index(min(keys))
+    onward = [(one.place, one.unit, number) for number, one in enumerate(queues)
+              if one.base == last[0] and (one.place, one.unit) > last[1:]]  # fmt: skip
+    if onward:
+        return min(onward)[-1]
+    oldest = min(queues, key=lambda one: (one.head_ns, one.unit)).base
+    return min((one.place, one.unit, number) for number, one in enumerate(queues) if one.base == oldest)[-1]

@@ -153,12 +153,25 @@ class Instance:
 class Device:
     """One device: its instances take turns."""
 
-    __slots__ = ("busy_ps", "end_ps", "free_bytes", "free_ps", "id", "instances", "running", "server", "weights_bytes")
+    __slots__ = (
+        "busy_ps",
+        "end_ps",
+        "free_bytes",
+        "free_ps",
+        "id",
+        "instances",
+        "last",
+        "running",
+        "server",
+        "weights_bytes",
+    )
 
     def __init__(self, number: int, server: int, free_bytes: int) -> None:
         self.id, self.server, self.free_bytes = number, server, free_bytes
         self.instances: list[Instance] = []
         self.running = False
+        self.last = "", 0, 0
+        """(base, place, instance) of the step before."""
         self.weights_bytes = self.busy_ps = self.free_ps = self.end_ps = 0
 
     def queued(self) -> int:

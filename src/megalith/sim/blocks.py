@@ -19,7 +19,7 @@ from megalith.base.random import uniform
 from megalith.base.units import NS_PER_S
 from megalith.cost.timer import PS_PER_NS
 from megalith.policy import blocks as decide
-from megalith.policy.blocks import HopFacts
+from megalith.policy.blocks import HopFacts, QueueFacts
 from megalith.policy.facts import Request
 from megalith.sim.block_fleet import BlockFleet
 from megalith.sim.block_parts import TOKEN_BYTES, Device, Instance, Row, Trial
@@ -206,8 +206,9 @@ class BlockRun:
         ready = [one for one in device.instances if one.queue]
         if not ready:
             return
-        keys = [(one.queue[0].queued_ns, one.unit.first, one.part(one.base.step_ns)) for one in ready]
-        instance = ready[decide.turn(keys)]
+        facts = [QueueFacts(one.unit.base, one.unit.first, one.id, one.queue[0].queued_ns) for one in ready]
+        instance = ready[decide.turn(facts, device.last)]
+        device.last = instance.unit.base, instance.unit.first, instance.id
         rows = instance.take(self.scenario.max_sequences, self.scenario.token_budget)
         duration_ps = instance.step_ps(rows)
         device.running = True

@@ -183,8 +183,8 @@ class BlockRun:
             round_ns += instance.part(instance.base.step_ns)
         network = 0
         if owners and owners[-1].device is not device:
-            # Each token will find a step under way there, on average in the middle.
-            network = self._latency_ns(owners[-1].device, device) + instance.part(instance.base.step_ns) // 2
+            # Each token will find a round of others under way there, on average in the middle.
+            network = self._latency_ns(owners[-1].device, device) + device.round_ns() // 2
         return HopFacts(round_ns, 0, 0, network)
 
     def _more_room(self, _instance: Instance | None = None) -> None:

@@ -11,7 +11,7 @@ from megalith.cli.output import JsonFlag, print_json, print_tables, progress
 
 if TYPE_CHECKING:
     from megalith.report.table import Table
-    from megalith.sim.blocks import BlockResult
+    from megalith.sim.block_result import BlockResult
     from megalith.specs.blocks import BlockScenario
 
 

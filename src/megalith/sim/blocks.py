@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from megalith.base.random import uniform
@@ -22,58 +21,18 @@ from megalith.policy import blocks as decide
 from megalith.policy.blocks import HopFacts, QueueFacts
 from megalith.policy.facts import Request
 from megalith.sim.block_fleet import BlockFleet
+from megalith.sim.block_links import Links
 from megalith.sim.block_parts import TOKEN_BYTES, Device, Instance, Row, Trial
+from megalith.sim.block_result import BlockCounters, BlockResult
 from megalith.sim.kernel import ARRIVE, FINISH, FIRST, MOVE, STEP_END, Kernel
 from megalith.sim.live import Live
-from megalith.sim.network import Network, Transfer
+from megalith.sim.network import Transfer
 from megalith.sim.record import Recorder
-from megalith.sim.record_figures import RecordFigures
 from megalith.specs.blocks import BlockScenario
-from megalith.specs.fleet import LinkSpec, PairSpec
 from megalith.specs.workload import open_workload
 
 _CHOICE, _TRIAL = 11, 12
 """Streams of draws: which application, whether a surrogate was right."""
-
-
-@dataclass(slots=True)
-class BlockCounters:
-    """What the fleet did beside computing."""
-
-    hops: int = 0
-    messages: int = 0
-    kv_moves: int = 0
-    recomputes: int = 0
-    stood_in: int = 0
-    """Hops at admission that went to an equivalent block."""
-    trials: int = 0
-    redone: int = 0
-    added: int = 0
-    removed: int = 0
-
-
-@dataclass(slots=True)
-class BlockResult:
-    """What came of a run; simulated."""
-
-    scenario: BlockScenario
-    figures: RecordFigures
-    digest: str
-    events: int
-    requests: int
-    end_ns: int
-    busy_share: float
-    """Of all devices, from the first arrival to the last one."""
-    compute_share: float
-    """FLOPs of the linear layers that requests need, done by then, over what the devices can do at their peak."""
-    batch: float
-    """Rows of a step, on average."""
-    weights_bytes: int
-    """Of all instances at the end."""
-    unit_bytes: int
-    """Of one copy of each unit: what must be stored."""
-    instances: int
-    counters: BlockCounters
 
 
 class BlockRun:
@@ -88,7 +47,8 @@ class BlockRun:
         self.counters = BlockCounters()
         self.waiting: dict[int, deque[Live]] = {one.id: deque() for one in self.fleet.zoo.applications}
         """By application, those that have no place yet, in order."""
-        self.network = Network(self.kernel, self._link(), self._server)
+        rate = self.fleet.bases[scenario.zoo.bases[0]].timer.cost.profile.peer_bytes_per_s
+        self.links = Links(self.kernel, scenario, rate, self.fleet.devices)
         self._shapes = open_workload(scenario.workload, scenario.seed)
         self._ended = self._rows = self._steps = self._trials = 0
         self._flops = 0.0
@@ -184,7 +144,7 @@ class BlockRun:
         network = 0
         if owners and owners[-1].device is not device:
             # Each token will find a round of others under way there, on average in the middle.
-            network = self._latency_ns(owners[-1].device, device) + device.round_ns() // 2
+            network = self.links.latency_ns(owners[-1].device, device) + device.round_ns() // 2
         return HopFacts(round_ns, 0, 0, network)
 
     def _more_room(self, _instance: Instance | None = None) -> None:
@@ -311,7 +271,7 @@ class BlockRun:
 
     def _hop(self, instance: Instance, row: Row, owner: Instance, source: Device) -> HopFacts:
         device = instance.device
-        network = 0 if device is source else self._latency_ns(source, device)
+        network = 0 if device is source else self.links.latency_ns(source, device)
         queue_ns = device.queue_ns(self.kernel.now_ns)
         if not instance.queue:
             queue_ns += instance.part(instance.base.step_ns)  # a step of its own; others are joined
@@ -321,8 +281,8 @@ class BlockRun:
         if device is owner.device:
             return HopFacts(queue_ns, 0, again_ns, network)
         kv_bytes = instance.kv_bytes(row.context)
-        rate = self._rate(owner.device, device)
-        move_ns = round(kv_bytes * NS_PER_S / rate) + self._latency_ns(owner.device, device)
+        rate = self.links.bytes_per_s(owner.device, device)
+        move_ns = round(kv_bytes * NS_PER_S / rate) + self.links.latency_ns(owner.device, device)
         return HopFacts(queue_ns, move_ns, again_ns, network)
 
     def _move(self, row: Row, target: Instance, facts: HopFacts) -> Instance | None:
@@ -365,7 +325,7 @@ class BlockRun:
         def done(_transfer: Transfer) -> None:
             then()
 
-        self.network.send(source.id, target.device.id, num_bytes, done)
+        self.links.network.send(source.id, target.device.id, num_bytes, done)
 
     # Beginning ahead
 
@@ -431,29 +391,6 @@ class BlockRun:
         else:
             trial.done = True
         return False
-
-    # Links
-
-    def _link(self) -> LinkSpec:
-        scenario = self.scenario
-        inside = self.fleet.bases[scenario.zoo.bases[0]].timer.cost.profile.peer_bytes_per_s
-        self._inside_bytes_per_s = inside
-        pairs = tuple(
-            PairSpec(source=str(server), target=str(server), bytes_per_s=inside, latency_s=scenario.inside_latency_s)
-            for server in range(len(scenario.servers))
-        )
-        return LinkSpec(bytes_per_s=scenario.between_bytes_per_s, latency_s=scenario.between_latency_s, pairs=pairs)
-
-    def _server(self, device: int) -> str:
-        return str(self.fleet.devices[device].server)
-
-    def _rate(self, one: Device, other: Device) -> float:
-        return self._inside_bytes_per_s if one.server == other.server else self.scenario.between_bytes_per_s
-
-    def _latency_ns(self, one: Device, other: Device) -> int:
-        scenario = self.scenario
-        inside = one.server == other.server
-        return round((scenario.inside_latency_s if inside else scenario.between_latency_s) * NS_PER_S)
 
     # Result
 

@@ -69,6 +69,10 @@ class Question:
     """Weight format: bf16, fp8, int8, q8_0, q4_1, q4_k, ...; by default as stored, else bf16."""
     kv_format: Annotated[str, Parameter(name="--kv")] = "bf16"
     """KV format: bf16, fp8 or f32."""
+    peer_layers: int = 0
+    """Layers that lie in the memory of a peer device and are fetched a layer ahead."""
+    host_layers: int = 0
+    """Layers that lie in host memory, likewise."""
     mode: str = "auto"
     """On `here`: auto (native), native, bf16 or float32."""
 
@@ -112,6 +116,7 @@ def _request(model: str, question: Question) -> ServeRequest:
         batch=question.batch,
         prompt_tokens=question.prompt, kv_format=question.kv_format, devices=question.devices,
         rows=256 if question.device == "here" else 2048, outputs=question.batch,
+        peer_layers=question.peer_layers, host_layers=question.host_layers,
     )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ Examples:
   megalith simulate --trace azure-code --model llama-3.1-8b --fleet 4xa100-80gb \\
       --policy llumnix --plot run.png --parquet out/ --trace-events run.json.gz"""
 app.help_epilogue = _EXAMPLES
+app.command(
+    "megalith.cli.simulate_blocks:blocks", name="blocks", help="Simulate many fine-tuned models that share blocks."
+)
 
 
 @Parameter(name="*", group="Output")

@@ -121,6 +121,17 @@ class VidurTimer:
         stage, hop = self._stage(prompts, decodes, context_sum)
         return (stage + hop,) * (self.pipeline_parallel - 1) + (stage,)
 
+    def parts_ps(
+        self,
+        prompts: Sequence[Prompt],
+        decodes: int,
+        context_sum: int,
+        context_max: int,  # noqa: ARG002
+    ) -> tuple[tuple[int, ...], int]:
+        """See SendingTimer."""
+        stage, hop = self._stage(prompts, decodes, context_sum)
+        return (stage,) * self.pipeline_parallel, hop
+
     def decode_line(self, decodes: int, context_sum: int, context_max: int) -> Line:
         """See StepTimer: the same until the average of known tokens passes a multiple of 64."""
         average = (context_sum + decodes) // decodes

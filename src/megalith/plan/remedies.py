@@ -8,12 +8,16 @@ from __future__ import annotations
 import msgspec
 
 from megalith.base.units import MIB, format_bytes
+from megalith.cost.borrow import layer_bytes
 from megalith.cost.memory import SHRINKING, WeightBytes, bits_per_weight, blocks_for, weight_bytes
 from megalith.cost.profile import from_device
 from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, need_bytes
 from megalith.plan.source import native_bytes, weight_bytes_by_part
 from megalith.specs import catalog
 from megalith.specs.plan import Remedy
+
+WORTH_BORROWING = 0.5
+"""Borrowed layers that make a decode step longer by more than this are no remedy: one computes better. A choice."""
 
 
 def remedies(request: ServeRequest) -> tuple[Remedy, ...]:
@@ -22,6 +26,7 @@ def remedies(request: ServeRequest) -> tuple[Remedy, ...]:
         *_smaller_context(request),
         *_fewer_sequences(request),
         *_smaller_format(request),
+        *_borrowed_layers(request),
         *_more_devices(request),
         *_bigger_device(request),
     ]
@@ -81,6 +86,24 @@ def _smaller_format(request: ServeRequest) -> list[Remedy]:
         found = _remedy(f"--format {name} ({size})", changed)
         if found:
             return found
+    return []
+
+
+def _borrowed_layers(request: ServeRequest) -> list[Remedy]:
+    """The fewest layers that a peer must lend; what it costs."""
+    if request.profile.max_group < 2 or request.profile.peer_bytes_per_s <= 0.0 or request.peer_layers:
+        return []
+    base = request.cost().decode_step(request.batch, request.context).duration_ns
+    for number in range(1, request.spec.num_layers - request.host_layers + 1):
+        changed = msgspec.structs.replace(request, peer_layers=number)
+        if _need(changed) <= request.limit_bytes:
+            slower = changed.cost().decode_step(request.batch, request.context).duration_ns / base - 1.0
+            if slower > WORTH_BORROWING:
+                return []
+            size = format_bytes(number * layer_bytes(request.weights, request.spec.num_layers, request.devices))
+            return _remedy(
+                f"--peer-layers {number} ({size} of a peer's memory, decode steps {slower:.0%} longer)", changed
+            )
     return []
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
+from megalith.cost.borrow import BorrowingCostModel, loans, resident
+from megalith.cost.compute import CostModel
 from megalith.cost.memory import MemoryRequest, WeightBytes, Workspace, blocks_for, device_block_bytes, itemise
 from megalith.cost.profile import Profile
 from megalith.specs.model import ModelSpec
@@ -43,6 +45,23 @@ class ServeRequest(Config, kw_only=True):
     num_blocks: int | None = None
     """None: what the batch at full context needs."""
     num_host_blocks: int = 0
+    peer_layers: int = 0
+    """Layers that lie in the memory of a peer device and are fetched a layer ahead (cost.borrow)."""
+    host_layers: int = 0
+    """Layers that lie in host memory, likewise."""
+    host_bytes_per_s: float = 25e9
+    """Between one device and host memory: what copies reach over PCIe 4.0 x16 (32e9 on paper)."""
+
+    def cost(self) -> CostModel:
+        """What steps of the plan take."""
+        cost = CostModel(self.spec, self.profile, self.weights, self.kv_format, self.devices)
+        if not self.peer_layers and not self.host_layers:
+            return cost
+        return BorrowingCostModel(
+            cost,
+            loans(self.weights, self.spec.num_layers, self.devices, self.profile, self.peer_layers, self.host_layers,
+                  self.host_bytes_per_s),
+        )  # fmt: skip
 
     def memory_request(self, num_blocks: int) -> MemoryRequest:
         """The memory question for a pool of `num_blocks` blocks."""
@@ -73,13 +92,16 @@ def check(request: ServeRequest) -> None:
             f"({request.spec.max_context:,}).",
             f"Use --context {request.spec.max_context} or less.",
         )
+    if request.peer_layers < 0 or request.host_layers < 0:
+        raise ConfigError(f"{min(request.peer_layers, request.host_layers)} layers cannot be borrowed.")
     if request.devices > 1 and request.spec.num_heads % request.devices:
         raise ConfigError(f"{request.spec.num_heads} heads cannot be cut over {request.devices} devices evenly.")
 
 
 def need_bytes(request: ServeRequest, num_blocks: int) -> tuple[tuple[MemoryLine, ...], int]:
     """The memory lines of one device for a pool of `num_blocks` blocks, and their sum."""
-    lines = itemise(request.spec, request.weights, request.memory_request(num_blocks))
+    stay = resident(request.weights, request.spec.num_layers, request.peer_layers + request.host_layers)
+    lines = itemise(request.spec, stay, request.memory_request(num_blocks))
     return lines, sum(line.num_bytes for line in lines)
 
 

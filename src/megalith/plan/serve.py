@@ -5,7 +5,11 @@ Asks `cost` for every figure and wraps it in the band of its profile. Must not m
 
 from __future__ import annotations
 
+import msgspec
+
+from megalith.base.units import format_bytes
 from megalith.cost import energy
+from megalith.cost.borrow import layer_bytes
 from megalith.cost.compute import CostModel, StepCost
 from megalith.cost.memory import blocks_for, kv_bytes_per_token
 from megalith.cost.parameters import active_parameters, count
@@ -25,7 +29,7 @@ def plan_serve(request: ServeRequest) -> ServePlan:
     fits = need <= request.limit_bytes
     room = blocks_that_fit(request)
     per_sequence = blocks_for(request.context, request.block_tokens)
-    cost = CostModel(request.spec, request.profile, request.weights, request.kv_format, request.devices)
+    cost = request.cost()
     pool = room if request.num_blocks is None else min(room, wanted)
     max_sequences = pool // per_sequence
     prompt = request.prompt_tokens or max(1, min(512, request.context // 2))
@@ -116,6 +120,27 @@ def _notes(request: ServeRequest) -> tuple[str, ...]:
             f"Sliding window of {request.spec.sliding_window:,} tokens: it shortens attention; the paged cache still "
             "keeps every token of every layer."
         )
+    notes += _borrowed(request)
     if request.profile.power is not None:
         notes.append(f"Power: {request.profile.power.source}.")
     return tuple(notes)
+
+
+def _borrowed(request: ServeRequest) -> list[str]:
+    """What layers that lie elsewhere take there, and what a decode step waits for them."""
+    notes, layers = [], request.spec.num_layers
+    one = layer_bytes(request.weights, layers, request.devices)
+    plain = msgspec.structs.replace(request, peer_layers=0, host_layers=0)
+    context = request.speed_context or request.context
+    base = plain.cost().decode_step(request.batch, context).duration_ns
+    for field, where in (("peer_layers", "a peer"), ("host_layers", "the host")):
+        number = getattr(request, field)
+        if number:
+            borrowing = msgspec.structs.replace(plain, **{field: number})
+            slower = borrowing.cost().decode_step(request.batch, context).duration_ns / base - 1.0
+            notes.append(
+                f"{number} of {layers} layers lie in the memory of {where}, {format_bytes(number * one)} for each "
+                f"device here; fetched a layer ahead, they make a decode step of {request.batch} {slower:.1%} longer "
+                "(predicted)."
+            )
+    return notes

@@ -141,21 +141,29 @@ class PipelinedScheduler(Scheduler):
     """See the module. With one stage it decides as Scheduler does, but never repeats a plan."""
 
     def __init__(
-        self, policy: BatchPolicy, kv: KvAccount, limits: Limits, stages: int, max_rows: int | None = None
+        self,
+        policy: BatchPolicy,
+        kv: KvAccount,
+        limits: Limits,
+        stages: int,
+        max_rows: int | None = None,
+        most_flights: int | None = None,
     ) -> None:
-        """`max_rows`: most requests in one step; by default an equal share of max_sequences for each stage."""
+        """`max_rows`: most requests in one step; by default an equal share of max_sequences for each step under way,
+        of which there are at most `most_flights`, by default one for each stage."""
         super().__init__(policy, kv, limits)
         if stages < 1 or (max_rows is not None and max_rows < 1):
             raise ConfigError(f"A pipeline of {stages} stages with {max_rows} rows a step cannot run.")
         self.stages = stages
-        self.max_rows = max(1, limits.max_sequences // stages) if max_rows is None else max_rows
+        self.most_flights = stages if most_flights is None else most_flights
+        self.max_rows = max(1, limits.max_sequences // self.most_flights) if max_rows is None else max_rows
         self._roster = self._flying = PipelinedRoster(kv)
         self._cohort = self._roster.cohort
 
     def plan(self, most_repeats: int = 0) -> StepPlan:  # noqa: ARG002
-        """One more step; an empty one when all stages have one, or when nobody who is idle can run now."""
+        """One more step; an empty one when the most are under way, or when nobody who is idle can run now."""
         roster = self._flying
-        if len(roster.flights) >= self.stages:
+        if len(roster.flights) >= self.most_flights:
             return StepPlan()
         shape = self._shape or self.policy.shape(BatchFacts(roster.num_running, len(roster.queue)))
         if shape.prompts_first:

@@ -12,6 +12,7 @@ import msgspec
 
 from megalith.base.errors import ConfigError, DoesNotFit
 from megalith.base.units import format_bytes
+from megalith.cost.borrow import BorrowingTimer, layer_bytes, loans, resident
 from megalith.cost.compute import CostModel
 from megalith.cost.kernel_table import KernelTable
 from megalith.cost.memory import (
@@ -24,6 +25,7 @@ from megalith.cost.memory import (
     per_device_weights,
     weight_bytes,
 )
+from megalith.cost.padding import pad
 from megalith.cost.profile import Profile, from_device
 from megalith.cost.timer_analytic import AnalyticTimer
 from megalith.cost.timer_choice import KINDS, choose_timer
@@ -33,7 +35,8 @@ from megalith.cost.timer_operators import OperatorTimer
 from megalith.cost.timer_phases import DeviceTimer, PhasePower
 from megalith.cost.timer_published import published, published_timers
 from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQuery, splitwise_tables
-from megalith.cost.timer_vidur import vidur_for
+from megalith.cost.timer_stages import VALUE_BYTES, LinkedTimer, SendingTimer
+from megalith.cost.timer_vidur import StagedTimer, vidur_for
 from megalith.policy.batching import by_name
 from megalith.policy.expert_turns import ExpertScheduler
 from megalith.policy.kv import KvAccount
@@ -111,7 +114,8 @@ class Builder:
         limits = Limits(max_sequences=pool.max_sequences, max_waiting=pool.max_waiting, preempt=pool.preempt)
         policy = by_name(pool.policy, pool.token_budget)
         if pool.pipeline_parallel > 1:
-            return PipelinedScheduler(policy, kv, limits, pool.pipeline_parallel)
+            most = pool.steps_under_way or pool.pipeline_parallel * (2 if pool.pipeline == "non-blocking" else 1)
+            return PipelinedScheduler(policy, kv, limits, pool.pipeline_parallel, most_flights=most)
         if pool.experts is not None:
             return ExpertScheduler(policy, kv, limits, pool.experts.order == "grouped")
         return Scheduler(policy, kv, limits)
@@ -139,6 +143,7 @@ class Builder:
             )  # fmt: skip
         timer, timing, capacity = self._timer(pool, name)
         profile = self._profile(pool)
+        timer, timing = self._engine(pool, profile, timer, timing)
         experts = None
         if pool.experts is None:
             blocks = pool.kv_blocks or capacity or self._fitting_blocks(pool, profile, name)
@@ -150,6 +155,40 @@ class Builder:
         price = None if profile is None else profile.price_per_hour_usd
         cost = None if price is None else price * pool.tensor_parallel * pool.pipeline_parallel
         return Kind(timer, blocks, pool.block_tokens, context, timing, cost, _power(timer), experts)
+
+    def _engine(
+        self, pool: PoolSpec, profile: Profile | None, timer: DeviceTimer, timing: str
+    ) -> tuple[DeviceTimer, str]:
+        """What an engine does with the device: layers that it borrows, stages that it joins, batches that it pads."""
+        borrowed = pool.peer_layers + pool.host_layers
+        joined = pool.pipeline != "queue" and not isinstance(timer, SendingTimer)
+        if (borrowed or joined) and profile is None:
+            what = f"The catalogue has no device {pool.device!r}, so the links of pool {pool.name!r} are not known."
+            raise ConfigError(what, "Name a catalogue device, or leave out pipeline, peer_layers and host_layers.")
+        if borrowed and profile is not None:
+            if isinstance(timer, StagedTimer) and pool.pipeline_parallel > 1:
+                what = f"Pool {pool.name!r} borrows {borrowed} layers, which a timer that knows its stages does not do."
+                raise ConfigError(what, "Use the timer `analytic` or `operators`, or no pipeline.")
+            if pool.peer_layers % pool.pipeline_parallel or pool.host_layers % pool.pipeline_parallel:
+                what = (
+                    f"The borrowed layers of pool {pool.name!r} cannot be spread over {pool.pipeline_parallel} stages."
+                )
+                raise ConfigError(what, f"Borrow a multiple of {pool.pipeline_parallel}.")
+            layers = self.spec.num_layers
+            lent = loans(
+                self._weight_bytes(pool), layers, pool.tensor_parallel, profile, pool.peer_layers, pool.host_layers,
+                pool.host_bytes_per_s,
+            )  # fmt: skip
+            timer = BorrowingTimer(timer, layers, lent)
+            size = format_bytes(layer_bytes(self._weight_bytes(pool), layers, pool.tensor_parallel) * borrowed)
+            timing += f"; {borrowed} of {layers} layers borrowed, {size} a device"
+        if joined and profile is not None:
+            rate = profile.peer_bytes_per_s
+            if rate <= 0.0:
+                raise ConfigError(f"No link between devices is known for {pool.device!r}.", "Leave out pipeline.")
+            row = self.spec.hidden * VALUE_BYTES
+            timer = LinkedTimer(timer, pool.pipeline_parallel, row, rate, profile.peer_latency_ns)
+        return (pad(timer), f"{timing}; padded") if pool.padding else (timer, timing)
 
     def _weight_bytes(self, pool: PoolSpec) -> WeightBytes:
         if self._weights is not None and pool.device in self._profiles:
@@ -213,6 +252,7 @@ class Builder:
         weights = self._weight_bytes(pool)
         work = Workspace(pool.token_budget, pool.max_sequences, min(spec.max_context, pool.token_budget))
         activations = activation_bytes(spec, profile.kind, work)[0] // pool.tensor_parallel
+        weights = resident(weights, spec.num_layers, pool.peer_layers + pool.host_layers)
         fixed = per_device_weights(weights, devices) + activations + RESIDENCY[profile.kind].base_bytes
         room = int(profile.memory_bytes * scenario.memory_share) - fixed
         blocks = room // (self._device_block_bytes(pool) // pool.pipeline_parallel)

@@ -4,6 +4,11 @@ Every stage takes the steps in the order in which they were planned, one at a ti
 the last stage. A step begins in a stage when it has left the one before and the stage is free. Nothing is leapt over:
 with several groups of requests under way, each step is an event of its own.
 
+How a stage sends (`PoolSpec.pipeline`): with `queue` what is sent waits at the next stage, and sending takes the
+sender's time where the timer knows it. With `blocking` both ends meet: the sender waits until the next stage has let go
+of the step before, and both are held while the bytes go. With `non-blocking` bytes go beside the work of both ends, one
+message at a time on each link, and wait at the next stage.
+
 The time between two tokens of a request is not the time of a step here: it is what lies between two steps that it was
 in, so that is what is told of steps of decodes.
 """
@@ -14,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from megalith.cost.timer import PS_PER_NS, Prompt, StepTimer
+from megalith.cost.timer_stages import SendingTimer
 from megalith.cost.timer_vidur import StagedTimer
 from megalith.policy.cluster import InstanceId
 from megalith.policy.facts import Chunk, RequestId, StepPlan
@@ -42,13 +48,22 @@ class _Passage:
 class PipelinedInstance(Instance):
     """See the module and Instance."""
 
-    __slots__ = ("_begun", "_due", "_epoch", "_free_ps", "_passages", "_tokens_ps", "pipeline")
+    __slots__ = ("_begun", "_due", "_epoch", "_free_ps", "_link_ps", "_passages", "_tokens_ps", "mode", "pipeline")
 
     def __init__(
-        self, instance_id: InstanceId, kernel: Kernel, scheduler: PipelinedScheduler, timer: StepTimer, out: Outlet
+        self,
+        instance_id: InstanceId,
+        kernel: Kernel,
+        scheduler: PipelinedScheduler,
+        timer: StepTimer,
+        out: Outlet,
+        mode: str = "queue",
     ) -> None:
         super().__init__(instance_id, kernel, scheduler, timer, out, leap=False)
         self.pipeline = scheduler
+        self.mode = mode
+        self._link_ps = [0] * scheduler.stages
+        """When the link behind each stage has sent all, where sending is beside computing."""
         self._free_ps = [0] * scheduler.stages
         """When each stage has taken all that was sent into it."""
         self._passages: list[_Passage] = []
@@ -64,7 +79,7 @@ class PipelinedInstance(Instance):
 
     def changed(self) -> None:
         """See Instance."""
-        if not self.down and not self._due and len(self._passages) < self.pipeline.stages:
+        if not self.down and not self._due and len(self._passages) < self.pipeline.most_flights:
             self._due = True
             self.kernel.at(self.kernel.now_ns, self._wake, self._epoch, STEP_END + self.id)
 
@@ -127,6 +142,7 @@ class PipelinedInstance(Instance):
         super().restart(scheduler)
         self.pipeline = scheduler
         self._free_ps = [0] * scheduler.stages
+        self._link_ps = [0] * scheduler.stages
 
     # Steps
 
@@ -138,7 +154,7 @@ class PipelinedInstance(Instance):
 
     def _fill(self, now_ps: int) -> None:
         """Plan steps while a stage has none, from `now_ps` on."""
-        while len(self._passages) < self.pipeline.stages:
+        while len(self._passages) < self.pipeline.most_flights:
             plan = self.scheduler.plan()
             if plan.preempts:
                 self._count_preempts(plan)
@@ -151,11 +167,17 @@ class PipelinedInstance(Instance):
     def _send(self, plan: StepPlan, now_ps: int) -> None:
         decoding = [chunk.request_id for chunk in plan.listed if self._is_decode(chunk)]
         copies_ps = plan.copied_blocks * self.swap_block_ps
-        stages_ps = [stage_ps + copies_ps for stage_ps in self._stages_ps(plan, decoding)]
+        stages_ps, send_ps = self._parts_ps(plan, decoding)
         begun_ps = at_ps = last_ps = max(now_ps, self._free_ps[0])
-        for stage, duration_ps in enumerate(stages_ps):
-            last_ps = max(at_ps, self._free_ps[stage])
-            at_ps = self._free_ps[stage] = last_ps + duration_ps
+        if self.mode == "blocking":
+            last_ps, at_ps = self._meet(begun_ps, [stage_ps + copies_ps for stage_ps in stages_ps], send_ps)
+        else:
+            for stage, duration_ps in enumerate(stages_ps):
+                last_ps = max(at_ps, self._free_ps[stage])
+                at_ps = left_ps = self._free_ps[stage] = last_ps + duration_ps + copies_ps
+                if send_ps:
+                    at_ps = self._link_ps[stage] = max(left_ps, self._link_ps[stage]) + send_ps
+            at_ps = self._free_ps[-1]
         passage = _Passage(plan, decoding, (begun_ps, last_ps, at_ps))
         self._passages.append(passage)
         end_ns = -(-at_ps // PS_PER_NS)
@@ -168,8 +190,16 @@ class PipelinedInstance(Instance):
                 self._out.prompt_begins(self, live, new, end_ns)
         self.kernel.at(end_ns, self._leave, (self._epoch, passage), STEP_END + self.id)
 
-    def _stages_ps(self, plan: StepPlan, decoding: list[RequestId]) -> tuple[int, ...]:
-        """How long each stage takes. Decodes that are listed count with the others."""
+    def _meet(self, begun_ps: int, stages_ps: list[int], send_ps: int) -> tuple[int, int]:
+        """A step that every stage hands to the next one: when it enters the last stage, and when it leaves that."""
+        free, at_ps = self._free_ps, begun_ps
+        for stage in range(len(stages_ps) - 1):
+            at_ps = free[stage] = max(at_ps + stages_ps[stage], free[stage + 1]) + send_ps
+        free[-1] = at_ps + stages_ps[-1]
+        return at_ps, free[-1]
+
+    def _parts_ps(self, plan: StepPlan, decoding: list[RequestId]) -> tuple[tuple[int, ...], int]:
+        """How long each stage takes, and sending where that is apart. Decodes that are listed count with the others."""
         decodes, contexts = plan.decodes, plan.decode_context_sum
         longest = self.pipeline.decodes_of(plan).context_max() if decodes else 0
         prompts = []
@@ -180,11 +210,13 @@ class PipelinedInstance(Instance):
             else:
                 prompts.append(Prompt(chunk.new_tokens, chunk.context_tokens, chunk.samples))
         timer, stages = self.timer, self.pipeline.stages
+        if self.mode != "queue" and isinstance(timer, SendingTimer):
+            return timer.parts_ps(prompts, decodes, contexts, longest)
         if isinstance(timer, StagedTimer):
-            return timer.stages_ps(prompts, decodes, contexts, longest)
+            return timer.stages_ps(prompts, decodes, contexts, longest), 0
         # Layers are cut evenly; what sending between stages costs is not known to such a timer.
         even, rest = divmod(timer.step_ps(prompts, decodes, contexts, longest), stages)
-        return (even + rest, *[even] * (stages - 1))
+        return (even + rest, *[even] * (stages - 1)), 0
 
     def _is_decode(self, chunk: Chunk) -> bool:
         """Whether a listed row is a decode, and not the end of a prompt or of what is computed again."""

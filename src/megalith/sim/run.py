@@ -240,7 +240,7 @@ class Run:
         scheduler = self.builder.scheduler(pool)
         instance: Instance
         if isinstance(scheduler, PipelinedScheduler):
-            instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
+            instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, pool.pipeline)
         elif isinstance(scheduler, ExpertScheduler) and kind.experts is not None:
             weights = ExpertWeights(kind.experts, self.experts)
             instance = ExpertInstance(

@@ -41,6 +41,17 @@ class PoolSpec(Config, kw_only=True):
     role: Literal["mixed", "prefill", "decode"] = "mixed"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    pipeline: Literal["queue", "blocking", "non-blocking"] = "queue"
+    """How a stage sends. `queue`: messages wait at the next stage, and sending takes the sender's time, as in Vidur.
+    `blocking`: both ends are held from when the next stage is free until it has all. `non-blocking`: neither is."""
+    steps_under_way: int | None = None
+    """Most steps in a pipeline at once; None: one for each stage, and twice as many where it is `non-blocking`."""
+    padding: bool = False
+    """Every batch is computed as a rectangle, at the length of its longest request."""
+    peer_layers: int = 0
+    """Layers that lie in the memory of a peer outside the fleet and are fetched a layer ahead."""
+    host_layers: int = 0
+    """Layers that lie in host memory, likewise."""
     timer: str | None = None
     """How its steps are timed; None: as the scenario says."""
     policy: str = "splitfuse"
@@ -73,13 +84,15 @@ class PoolSpec(Config, kw_only=True):
     def __post_init__(self) -> None:
         least = {"count": 1, "tensor_parallel": 1, "pipeline_parallel": 1, "token_budget": 1, "max_sequences": 1,
                  "max_waiting": 1, "block_tokens": 1, "kv_blocks": 1, "host_blocks": 0, "max_count": 1,
-                 "start_s": 0}  # fmt: skip
+                 "start_s": 0, "steps_under_way": 1, "peer_layers": 0, "host_layers": 0}  # fmt: skip
         where = f" of pool {self.name!r}"
         for name, low in least.items():
             _bound(name, getattr(self, name), low, MOST_INSTANCES if name in ("count", "max_count") else 10**12, where)
         _bound("host_bytes_per_s", self.host_bytes_per_s, 1e6, 1e13, where)
         _bound("watermark", self.watermark, 0, 0.99, where)
         _bound("power_cap", self.power_cap, 0.01, 1, where)
+        if self.pipeline_parallel == 1 and (self.pipeline != "queue" or self.steps_under_way not in (None, 1)):
+            raise ConfigError(f"Pool {self.name!r} has one stage, which sends nothing.", "Add pp2, or leave it out.")
 
     @property
     def devices(self) -> int:

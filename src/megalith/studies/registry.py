@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megalith.studies.study import Study
 
 STUDIES: dict[str, str] = {
+    "energonai": "EnergonAI: packed batches, a pipeline that does not block, layers on a peer; each against itself off",
     "genz": "GenZ: what a platform must have for a use case, by a roofline of operators, against one roof alone",
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",

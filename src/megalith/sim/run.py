@@ -24,6 +24,8 @@ from megalith.policy import registry
 from megalith.policy.cluster import InstanceId, Migrate
 from megalith.policy.facts import Request
 from megalith.policy.pipelined import PipelinedScheduler
+from megalith.policy.pooled_memory import PooledScheduler
+from megalith.sim import pooled_setup
 from megalith.sim.build import Builder
 from megalith.sim.cluster import Cluster
 from megalith.sim.faults import FaultCounters
@@ -35,6 +37,9 @@ from megalith.sim.network import Network
 from megalith.sim.operations import Operations
 from megalith.sim.parties import KvShape
 from megalith.sim.pipelined import PipelinedInstance
+from megalith.sim.pooled import Pooled, PooledCounters
+from megalith.sim.pooled_instance import PooledInstance
+from megalith.sim.pooled_steps import QueryShape
 from megalith.sim.power import PowerCounters
 from megalith.sim.record import Recorder
 from megalith.sim.record_figures import RecordFigures
@@ -99,6 +104,8 @@ class SimResult:
     scaling: ScalingCounters
     power: PowerCounters | None = None
     """None without a power domain."""
+    pooled: PooledCounters | None = None
+    """None where no instance lends KV memory to another."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -118,12 +125,17 @@ class Run:
         self.recorder = self.builder.recorder() if recorder is None else recorder
         self.kernel = Kernel()
         self._stop = stop
+        self.pooled: Pooled | None = None
         self._stopped = False
         self._too_long = self._cut = 0
         """Prompts that fill the context, and answers that were longer than the scheduler was told they may be."""
         fleet = scenario.fleet
         router = registry.router(fleet.router, scenario.seed)
         controllers = [registry.controller(spec, scenario.seed + 1 + i) for i, spec in enumerate(fleet.controllers)]
+        self._pooling = pooled_setup.find(router, controllers)
+        if self._pooling is not None:
+            pooled_setup.check(fleet, self.builder.spec, self._pooling.lending)
+            self.builder.lend_kv(self._pooling.lending.share)
         self.cluster = Cluster(self.kernel, router, controllers, self.recorder, self._instance)
         if fleet.power is None and "telemetry" in self.cluster.control.listeners:
             raise ConfigError(
@@ -210,6 +222,7 @@ class Run:
             faults=operations.faults.counters,
             scaling=operations.scaling.counters,
             power=None if operations.power is None else operations.power.counters,
+            pooled=None if self.pooled is None else self.pooled.counters,
             notes=self._notes(),
         )
 
@@ -229,7 +242,11 @@ class Run:
         kind = self.builder.kinds[pool.name]
         scheduler = self.builder.scheduler(pool)
         instance: Instance
-        if isinstance(scheduler, PipelinedScheduler):
+        if isinstance(scheduler, PooledScheduler):
+            instance = PooledInstance(
+                instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap
+            )  # fmt: skip
+        elif isinstance(scheduler, PipelinedScheduler):
             instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster)
         else:
             instance = Instance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
@@ -252,6 +269,11 @@ class Run:
         kinds, moves = self.builder.kinds, (self.handoffs, self.migrations)
         make = (lambda pool: kinds[pool.name].timer, self.builder.scheduler)
         self.operations = Operations(cluster, fleet, self.scenario.seed, tempos, moves, make)
+        if self._pooling is not None:
+            timers = {name: kind.timer for name, kind in kinds.items()}
+            query = QueryShape.of(spec, shape.bytes_per_token)
+            self.pooled = pooled_setup.connect(self._pooling, cluster, self.network, query, timers)
+            self.operations.faults.moves.append(self.pooled)
 
     # Load
 

@@ -10,9 +10,8 @@ modelled throughput of all of them largest:
     n* = argmax over n of [ debtor with n blocks moved out, and whom that lets in ] + [ creditors with n blocks in ]
 
 and nothing when that gains nothing. Short of memory is, as in version 1 of the publication (DistKV-LLM), an instance
-whose requests are about to be preempted; or one whose next request cannot come in. The longest request may be that one
-itself: then blocks are kept for it elsewhere, without any copy, and a prompt that is longer than the memory of an
-instance is just such a request.
+whose requests are about to be preempted; or one whose next request cannot come in. A prompt that is longer than the
+memory of an instance has blocks kept for it elsewhere before it runs, on as many creditors as it takes.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ class StepLine(NamedTuple):
 
 
 DEFAULT_LINE = StepLine(32_768.0, 32.0, 1.0)
-"""Until learn(): reading the weights takes as long as 32,768 tokens of KV (13B in bf16: 26 GB over 0.8 MB), one more row
-as long as 32 of them."""
+"""Until learn(): reading the weights takes as long as 32,768 tokens of KV (13B in bf16: 26 GB over 0.8 MB), one more
+row as long as 32 of them."""
 
 
 class PooledKvOptions(Config):
@@ -78,16 +77,22 @@ class PooledKvOptions(Config):
     room_share: float = 0.05
     """and moves as many blocks out as it takes to have this share free."""
     least_blocks: int = 16
-    """Smaller moves are not made; nothing is kept elsewhere for requests below four times this."""
+    """Smaller moves are not made."""
+    place_from: float = 1.0
+    """Requests that wait are spread before they run when they need more than this share of an instance's blocks. Below
+    1 more of them come in at once, but prompts with KV elsewhere make both sides wait for longer than that gains."""
     hold_s: float = 2.0
     """Blocks that are kept for a request are given back unless it comes in within this."""
+    waits: bool = True
+    """Reckon that the step of a debtor waits for attention elsewhere that takes longer than its own. False: as
+    published, where a block that is elsewhere costs its owner nothing."""
 
     def __post_init__(self) -> None:
         require(self.period_s >= SHORTEST_PERIOD_S, f"period_s must be at least {SHORTEST_PERIOD_S}")
         require(self.beta >= 1 and self.least_blocks >= 1, "beta and least_blocks must be at least 1")
         require(0 < self.lend_share <= 1, "lend_share must be above 0 and at most 1")
         require(0 <= self.short_share <= self.room_share < 1, "0 <= short_share <= room_share < 1 must hold")
-        require(self.hold_s > 0, "hold_s must be above 0")
+        require(self.hold_s > 0 and 0 < self.place_from <= 1, "hold_s must be above 0, place_from from 0 to 1")
 
 
 @dataclass(slots=True)
@@ -105,13 +110,16 @@ class _Book:
     """Blocks short of what the first of the waiting ones needs to come in; 0 when nobody waits."""
     next_blocks: int
     """Mean need of those that wait behind it."""
+    away: int
+    """Blocks that others hold of requests that run here; 0 when nobody waits for them."""
 
-    def throughput(self, moved: int, joined: int = 0, preempted: int = 0) -> float:
-        """Tokens a second with `moved` blocks fewer here (more, below 0) and so many more or fewer in the batch."""
+    def throughput(self, moved: int, joined: int = 0, preempted: int = 0, away: int = 0) -> float:
+        """Tokens a second with `moved` blocks fewer here (more, below 0), so many more or fewer in the batch, and
+        `away` blocks more to wait for."""
         batch = self.batch + joined - preempted
-        tokens = self.tokens + (joined * self.next_blocks - moved) * self.facts.block_tokens
-        line = self.line
-        return batch / (line.base + line.each * batch + line.token * max(0, tokens))
+        blocks = self.tokens // self.facts.block_tokens + joined * self.next_blocks - moved
+        line, read = self.line, max(0, blocks, self.away + away if self.away or away else 0)
+        return batch / (line.base + line.each * batch + line.token * read * self.facts.block_tokens)
 
 
 class PooledKv:
@@ -160,8 +168,10 @@ class PooledKv:
         here = facts.kv_blocks - free
         book = _Book(
             facts, self._lines.get(facts.pool, DEFAULT_LINE), free, running, here * facts.block_tokens, waiting,
-            facts.first_waiting(), 0, 0,
+            facts.first_waiting(), 0, 0, 0,
         )  # fmt: skip
+        if self.options.waits:
+            book.away = sum([request.away_blocks for request in facts.requests()])
         if book.head is not None:
             needed = self._blocks(book.head.known_tokens, facts) - book.head.away_blocks
             book.head_lacks = max(0, needed + self._reserve(facts, running) - free)
@@ -174,8 +184,8 @@ class PooledKv:
         return int(self.options.short_share * facts.kv_blocks) + 1 if running else 1
 
     def _lends(self, book: _Book) -> bool:
-        """Whether it has memory that nobody there waits for."""
-        return book.facts.accepting and not book.head_lacks and self._spare(book) >= self.options.least_blocks
+        """Whether its memory is used little enough; what waits there and lacks more than that loses nothing by it."""
+        return book.facts.accepting and self._spare(book) >= self.options.least_blocks
 
     def _spare(self, book: _Book) -> int:
         return book.free - (book.facts.kv_blocks - int(self.options.lend_share * book.facts.kv_blocks))
@@ -201,7 +211,7 @@ class PooledKv:
         here = 0 if longest is None else longest.blocks - 2
         if debtor.head is not None and debtor.head_lacks and self._is_next(debtor):
             blocks = self._blocks(debtor.head.known_tokens, facts) - debtor.head.away_blocks
-            if blocks > max(here, 4 * options.least_blocks) or (debtor.batch == 0 and blocks > facts.kv_blocks // 2):
+            if blocks > options.place_from * facts.kv_blocks - self._reserve(facts, 0):
                 return self._place(debtor, creditors, blocks - 1, at_ns)
         if longest is None:
             return []
@@ -265,11 +275,12 @@ class PooledKv:
         joined = 1 if debtor.head_lacks else 0
         if debtor.next_blocks:
             joined += min(max(0, debtor.waiting - 1), over // debtor.next_blocks)
-        gain = debtor.throughput(blocks, joined) - before
+        own = 0
         if joined and debtor.head is not None:
             # The first who waits counts with its own blocks, not with the mean of the others.
-            own = self._blocks(debtor.head.known_tokens, debtor.facts)
-            gain = debtor.throughput(blocks - own + debtor.next_blocks, joined) - before
+            own = self._blocks(debtor.head.known_tokens, debtor.facts) - debtor.next_blocks
+        away = blocks if self.options.waits else 0
+        gain = debtor.throughput(blocks - own, joined, away=away) - before
         for creditor in creditors:
             part = min(blocks, max(0, self._spare(creditor)))
             gain += creditor.throughput(-part) - creditor.throughput(0)
@@ -281,6 +292,7 @@ class PooledKv:
     ) -> MoveKv:
         command = MoveKv(request_id, debtor.facts.id, creditor.facts.id, blocks)
         creditor.free -= blocks
+        creditor.head_lacks += blocks if creditor.head_lacks else 0
         creditor.tokens += blocks * creditor.facts.block_tokens
         self._taken.append((at_ns, creditor.facts.id, blocks))
         self._changed_ns[debtor.facts.id] = at_ns
@@ -307,7 +319,5 @@ class PooledKv:
         under_way = {command.source for command, _ in self._asked.values()}
         self._taken = [taken for taken in self._taken if taken[0] > as_of_ns]
         self._changed_ns = {
-            instance: at_ns
-            for instance, at_ns in self._changed_ns.items()
-            if at_ns > as_of_ns or instance in under_way
+            instance: at_ns for instance, at_ns in self._changed_ns.items() if at_ns > as_of_ns or instance in under_way
         }

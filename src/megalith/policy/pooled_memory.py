@@ -196,6 +196,8 @@ class PooledScheduler(Scheduler):
         if not 0 <= placed < self.kv.blocks_for(sequence.known_):
             return False
         self.memory.placed[request_id] = placed
+        if not placed:
+            del self.memory.placed[request_id]
         self._changed = True
         return True
 

@@ -29,7 +29,7 @@ def find(router: Router, controllers: Sequence[Controller]) -> Any:
     """The policy that moves KV, which has an attribute `lending`; None without one. ConfigError for two of them."""
     found = [policy for policy in (router, *controllers) if getattr(policy, "lending", None) is not None]
     if len(found) > 1:
-        names = ", ".join(policy.name for policy in found)
+        names = ", ".join([str(getattr(policy, "name", policy)) for policy in found])
         raise ConfigError(f"Two policies place the KV of the same requests: {names}.", "Name one of them.")
     return found[0] if found else None
 
@@ -49,8 +49,8 @@ def check(fleet: FleetSpec, spec: ModelSpec, lending: Lending) -> None:
             raise ConfigError(f"{what} cannot swap{where}: a part of it may be elsewhere.", "Use preempt=recompute.")
         if pool.watermark > lending.least_free_share:
             raise ConfigError(
-                f"With a watermark of {pool.watermark:g}{where} nobody comes in whom {lending.least_free_share:g} of the "
-                "blocks are left free for.",
+                f"With a watermark of {pool.watermark:g}{where} nobody comes in for whom "
+                f"{lending.least_free_share:g} of the blocks are left free.",
                 f"Raise short_share and room_share to {pool.watermark:g}.",
             )
         if pool.block_tokens != fleet.pools[0].block_tokens:

@@ -1,9 +1,9 @@
 """How long a step takes when part of its KV lies on other instances, and what that costs these.
 
-Knows step timers, the network and which blocks are where; must not know why they are there. DistAttention (Infinite-LLM,
-arXiv:2401.02669, section 3): in every layer the owner sends its queries to each holder, the holder attends to what it
-has, and sends back (maximum, sum, weighted values), which the owner merges exactly. So the bytes of a decoded token do
-not depend on its context. A step of the owner takes
+Knows step timers, the network and which blocks are where; must not know why they are there. DistAttention
+(Infinite-LLM, arXiv:2401.02669, section 3): in every layer the owner sends its queries to each holder, the holder
+attends to what it has, and sends back (maximum, sum, weighted values), which the owner merges exactly. So the bytes of
+a decoded token do not depend on its context. A step of the owner takes
 
     all but attention + max(attention to what is here, max over holders of
         2 * layers * latency + bytes / bandwidth + waiting for the holder + attention there)
@@ -256,7 +256,9 @@ def _attention_ps(timer: StepTimer, part: _Part) -> int:
     if part.decodes:
         total += timer.step_ps((), part.decodes, part.tokens, part.longest) - timer.step_ps((), part.decodes, 0, 0)
     for rows, tokens in part.prompts:
-        total += timer.step_ps([Prompt(rows, tokens, False)], 0, 0, 0) - timer.step_ps([Prompt(rows, 0, False)], 0, 0, 0)
+        total += timer.step_ps([Prompt(rows, tokens, False)], 0, 0, 0) - timer.step_ps(
+            [Prompt(rows, 0, False)], 0, 0, 0
+        )
     return max(0, total)
 
 

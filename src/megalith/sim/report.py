@@ -19,6 +19,7 @@ from megalith.sim.record_figures import RecordFigures
 from megalith.sim.run import SimResult
 
 FORMAT = "megalith.simulate/1"
+PS_PER_MS = 10**9
 
 _LATENCIES = {
     "ttft_ns": "TTFT", "tpot_ns": "TPOT", "itl_ns": "ITL", "e2e_ns": "E2E", "queue_ns": "queue",
@@ -192,7 +193,8 @@ def _pooled(pooled: PooledCounters) -> dict[str, int]:
         "requests recomputed for a lost holder": pooled.recomputed, "blocks lent at most": pooled.most_lent_blocks,
         "steps with KV elsewhere": steps.steps, "tokens attended to elsewhere": steps.remote_tokens,
         "bytes of queries and results": steps.query_bytes, "bytes of prompt KV sent": steps.streamed_bytes,
-        "ms waited for other instances": steps.waited_ps // 10**9, "ms of attention for others": steps.foreign_ps // 10**9,
+        "ms waited for other instances": steps.waited_ps // PS_PER_MS,
+        "ms of attention for others": steps.foreign_ps // PS_PER_MS,
     }  # fmt: skip
 
 

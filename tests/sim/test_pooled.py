@@ -22,7 +22,7 @@ from megalith.sim.run import Run, SimResult
 from megalith.sim.scenario import Scenario
 from megalith.sim.setups import apply
 from megalith.specs import catalog
-from megalith.specs.arrivals import PoissonArrivals
+from megalith.specs.arrivals import ClosedLoop, PoissonArrivals
 from megalith.specs.fleet import FaultSpec, FleetSpec, LinkSpec, PolicySpec, PoolSpec
 from megalith.specs.fleet_text import parse_fleet
 from megalith.specs.lengths import FixedLength, UniformLength
@@ -334,3 +334,12 @@ def test_migration_goes_together_with_it() -> None:
     assert result.migrations.done > 0
     assert result.pooled is not None
     assert result.pooled.placed + result.pooled.moved > 0
+
+
+def test_facts_are_taken_anew_in_a_closed_loop_too() -> None:
+    """The first clients come after the first heartbeat, which must not be the last."""
+    work = msgspec.structs.replace(load(400, 20), arrivals=ClosedLoop(clients=4))
+    run = start(fleet(POOLED, heartbeat_s=0.1), work)
+    while run.advance(50) and run.kernel.now_ns < 10**9:
+        pass
+    assert 0 <= run.kernel.now_ns - run.cluster.view.as_of_ns <= 10**8

@@ -323,7 +323,7 @@ class Run:
     def _beat(self, _argument: object) -> None:
         cluster = self.cluster
         cluster.view.take()
-        if cluster.busy:
+        if cluster.busy or not self.kernel.now_ns:  # the first clients of a closed loop come after this
             self.kernel.at(self.kernel.now_ns + round(self.scenario.fleet.heartbeat_s * NS_PER_S), self._beat)
 
     def _sample(self, _argument: object) -> None:

@@ -35,6 +35,7 @@ class Facts:
     num_head_blocks: int = 0
     num_free_blocks: int | None = None
     num_preempted: int = 0
+    head: RequestFacts | None = None
     cache: Mapping[tuple[int, ...], int] = field(default_factory=dict)
 
     def running(self) -> int:
@@ -48,6 +49,9 @@ class Facts:
 
     def head_blocks(self) -> int:
         return self.num_head_blocks
+
+    def first_waiting(self) -> RequestFacts | None:
+        return self.head
 
     def free_blocks(self) -> int:
         if self.num_free_blocks is not None:

@@ -38,6 +38,8 @@ class RequestFacts(NamedTuple):
     decoding: bool
     moving: bool
     """A migration of it is under way."""
+    away_blocks: int = 0
+    """Blocks of it on other instances, or kept there for it; not among `blocks`."""
 
 
 class InstanceFacts(Protocol):
@@ -79,6 +81,10 @@ class InstanceFacts(Protocol):
 
     def head_blocks(self) -> int:
         """Blocks that the first of the waiting ones needs; 0 when nobody waits."""
+        ...
+
+    def first_waiting(self) -> RequestFacts | None:
+        """The first of the waiting ones; it holds no blocks here."""
         ...
 
     def free_blocks(self) -> int:
@@ -171,6 +177,17 @@ class Migrate:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveKv:
+    """Let `target` hold the first `blocks` blocks that `source` still has of a request, which goes on running on
+    `source`. Of one that waits there, whose KV is to come: keep these blocks for it, so that it can be admitted."""
+
+    request_id: RequestId
+    source: InstanceId
+    target: InstanceId
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetRole:
     """The instance takes another role for requests routed from now on."""
 
@@ -207,7 +224,7 @@ class SetClock:
 
 
 Placement: TypeAlias = Route | Defer | Reject
-Command: TypeAlias = Migrate | SetRole | Scale | Headroom | SetClock
+Command: TypeAlias = Migrate | SetRole | Scale | Headroom | SetClock | MoveKv
 
 
 @dataclass(frozen=True, slots=True)

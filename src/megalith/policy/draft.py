@@ -95,7 +95,7 @@ class Draft:
         roster.cohort.settle_all()
         lower = [sequence for sequence in running if sequence.request.priority < head.request.priority]
         reserve = kv.watermark_blocks if len(lower) < len(running) else 0
-        reachable = kv.free_blocks + sum(sequence.table.held for sequence in lower)
+        reachable = kv.free_blocks + sum(sequence.table.held - sequence.table.away for sequence in lower)
         if kv.needed_blocks(head.known_, head.hashes) + reserve > reachable:
             return
         while lower and (

@@ -43,7 +43,7 @@ class IntegrityError(Exception):
 class BlockTable:
     """The device blocks of one request; token p lives in blocks[p // block_tokens]. Only KvAccount changes it."""
 
-    __slots__ = ("blocks", "held", "sealed")
+    __slots__ = ("away", "blocks", "held", "sealed")
 
     def __init__(self, blocks: list[BlockId], sealed: int, held: int) -> None:
         self.blocks = blocks
@@ -52,6 +52,8 @@ class BlockTable:
         """Leading blocks whose content is final and whose hash is known to the account."""
         self.held = held
         """Blocks of the request, with and without an id."""
+        self.away = 0
+        """Leading ones of them that another instance holds (policy/pooled_memory.py); none in a plain account."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,10 @@ class KvAccount:
     def table(self, request_id: RequestId) -> BlockTable:
         """The table of a request on the device. KeyError when it has none."""
         return self._tables[request_id]
+
+    def away_blocks(self, request_id: RequestId) -> int:  # noqa: ARG002
+        """Blocks of a request that another instance holds, or keeps for it; see policy/pooled_memory.py."""
+        return 0
 
     @property
     def requests_on_device(self) -> KeysView[RequestId]:
@@ -311,7 +317,7 @@ class KvAccount:
 
     def check_integrity(self) -> None:
         """Count everything afresh and compare. O(all blocks). Raises IntegrityError with both sides."""
-        promised = sum([table.held - len(table.blocks) for table in self._tables.values()])
+        promised = self._promised()
         free = len(self._free) + self.num_blocks - self._fresh
         without_id = free + len(self._idle) - self.free_blocks
         if promised != without_id or promised > free:
@@ -339,6 +345,10 @@ class KvAccount:
             raise IntegrityError(f"on device and host: {self._tables.keys() & self._host_tables.keys()}")
 
     # Inside
+
+    def _promised(self) -> int:
+        """Blocks that count as used and have no id."""
+        return sum([table.held - len(table.blocks) for table in self._tables.values()])
 
     def _match(self, tokens: int, hashes: Sequence[int]) -> list[BlockId]:
         if not self.prefix_cache:

@@ -14,7 +14,17 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import autoscale, by_priority, capping, expert_routing, freeness, pools, router_options, routing
+from megalith.policy import (
+    autoscale,
+    by_priority,
+    capping,
+    expert_routing,
+    freeness,
+    pooled_kv,
+    pools,
+    router_options,
+    routing,
+)
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -120,6 +130,12 @@ CONTROLLERS: dict[str, Entry[Controller]] = {
         freeness.RebalanceOptions,
         "move running requests from instances short of room to those with most",
         "Llumnix, OSDI 2024",
+    ),
+    "pooled-kv": Entry(
+        pooled_kv.PooledKv,
+        pooled_kv.PooledKvOptions,
+        "let others hold KV of the longest requests, where that lets more run",
+        "Infinite-LLM, arXiv:2401.02669",
     ),
     "freeness-scaling": Entry(
         autoscale.FreenessScaling,

@@ -41,6 +41,7 @@ from megalith.policy.batching import by_name
 from megalith.policy.expert_turns import ExpertScheduler
 from megalith.policy.kv import KvAccount
 from megalith.policy.pipelined import PipelinedScheduler
+from megalith.policy.pooled_memory import PooledAccount, PooledScheduler
 from megalith.policy.scheduler import Limits, Scheduler
 from megalith.sim.expert_memory import check_experts, divide
 from megalith.sim.expert_weights import ExpertShape
@@ -99,26 +100,46 @@ class Builder:
                     f"Use at most pp{self.spec.num_layers}.",
                 )
         self.kinds = {pool.name: self._kind(pool) for pool in scenario.fleet.pools}
+        self._lent_share: float | None = None
+
+    def lend_kv(self, share: float) -> None:
+        """Instances lend each other KV memory while at most this share of theirs is in use."""
+        self._lent_share = share
 
     @property
     def max_context(self) -> int:
-        """Most tokens that every instance can hold for one request."""
+        """Most tokens that every instance can hold for one request, with what others lend to it."""
         asked = self.scenario.max_context
         least = min(kind.max_context for kind in self.kinds.values())
+        if self._lent_share is not None:
+            least = min(self.spec.max_context, *[self._pooled_tokens(pool) for pool in self.scenario.fleet.pools])
         return least if asked is None else min(least, asked)
 
     def scheduler(self, pool: PoolSpec) -> Scheduler:
         """A fresh scheduler with an empty KV cache."""
         blocks = self.kinds[pool.name].kv_blocks
-        kv = KvAccount(blocks, pool.block_tokens, pool.host_blocks, pool.prefix_cache, int(pool.watermark * blocks))
         limits = Limits(max_sequences=pool.max_sequences, max_waiting=pool.max_waiting, preempt=pool.preempt)
         policy = by_name(pool.policy, pool.token_budget)
+        watermark = int(pool.watermark * blocks)
+        if self._lent_share is not None:
+            lendable = int(self._lent_share * blocks)
+            account = PooledAccount(blocks, pool.block_tokens, pool.prefix_cache, watermark, lendable)
+            return PooledScheduler(policy, account, limits, self._pooled_tokens(pool))
+        kv = KvAccount(blocks, pool.block_tokens, pool.host_blocks, pool.prefix_cache, watermark)
         if pool.pipeline_parallel > 1:
             most = pool.steps_under_way or pool.pipeline_parallel * (2 if pool.pipeline == "non-blocking" else 1)
             return PipelinedScheduler(policy, kv, limits, pool.pipeline_parallel, most_flights=most)
         if pool.experts is not None:
             return ExpertScheduler(policy, kv, limits, pool.experts.order == "grouped")
         return Scheduler(policy, kv, limits)
+
+    def _pooled_tokens(self, pool: PoolSpec) -> int:
+        """What one instance has and all others may lend it while nothing else is there."""
+        share, kinds = self._lent_share or 0.0, self.kinds
+        lent = sum([other.count * int(share * kinds[other.name].kv_blocks) for other in self.scenario.fleet.pools])
+        blocks = kinds[pool.name].kv_blocks
+        # Two blocks stay free where it runs, for its next token.
+        return (blocks + lent - int(share * blocks) - 2) * pool.block_tokens
 
     def recorder(self, sink: Sink | None = None) -> Recorder:
         """A recorder for the scenario, with the reference of its slowdowns where it has some."""

@@ -20,8 +20,6 @@ from megalith.base.units import NS_PER_S
 from megalith.policy.cluster import Event, InstanceId
 from megalith.policy.facts import RequestId
 from megalith.sim.kernel import Kernel
-from megalith.sim.migration import Migrations
-from megalith.sim.transfer import Handoffs
 from megalith.specs.draws import exponentials
 from megalith.specs.fleet import FaultSpec
 
@@ -66,6 +64,14 @@ class FaultHost(Protocol):
         ...
 
 
+class Moves(Protocol):
+    """Whatever moves KV between instances."""
+
+    def down(self, instance: InstanceId) -> None:
+        """The instance died; what has to do with it is given up."""
+        ...
+
+
 @dataclass(slots=True)
 class FaultCounters:
     """What happened since the start. Only ever rises."""
@@ -85,7 +91,7 @@ class Faults:
     def __init__(
         self,
         host: FaultHost,
-        moves: tuple[Handoffs, Migrations] | None,
+        moves: Sequence[Moves] | None,
         spec: FaultSpec,
         seed: int,
         slow: Callable[[InstanceId, float], object] | None = None,
@@ -103,7 +109,8 @@ class Faults:
         if spec.straggler_share > 0.0 and spec.straggler_factor != 1.0 and slow is None:
             raise ValueError("stragglers need somebody who can slow an instance down")
         self._host = host
-        self._moves = moves
+        self.moves: list[Moves] = list(moves or ())
+        """Told when an instance has failed, before its requests are routed again."""
         self._spec = spec
         self._streams = {name: splitmix64(seed, name) for name in (_LIFE, _VICTIM, _STRAGGLER)}
         self._slow = slow
@@ -147,7 +154,7 @@ class Faults:
         self.counters.failures += 1
         self._failed_ns[instance] = now_ns
         self._put(now_ns + round(self._spec.repair_s * NS_PER_S), self._repair, instance)
-        for moves in self._moves or ():
+        for moves in self.moves:
             moves.down(instance)
         for request_id in lost:
             self.counters.requeued += 1

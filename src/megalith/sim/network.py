@@ -186,6 +186,19 @@ class Network:
         """The rate of a transfer now; 0 once its bytes have left."""
         return transfer._rate / RATE_UNITS if transfer.state == "moving" else 0.0
 
+    def latency_ns(self, source: InstanceId, target: InstanceId) -> int:
+        """From one instance to another."""
+        return self._line(source, target).latency_ns
+
+    def next_bytes_per_s(self, source: InstanceId, target: InstanceId) -> float:
+        """What one more transfer would get of the ports by now, if all in them share alike."""
+        line = self._line(source, target)
+        if not self._contention:
+            return line.rate / RATE_UNITS
+        ends = ((line, source, _OUT), (line, target, _IN))
+        others = max([len(self._ports[end].moving) if end in self._ports else 0 for end in ends])
+        return min(line.rate, line.capacity // (1 + others)) / RATE_UNITS
+
     def sent_bytes(self, instance: InstanceId) -> int:
         """Whole bytes that have left the egress ports of an instance, as of the last change of each transfer."""
         return self._counted(instance, _OUT)

@@ -14,10 +14,12 @@ import msgspec
 
 from megalith.base.units import NS_PER_S, format_duration
 from megalith.report.table import Column, Kind, Table
+from megalith.sim.pooled import PooledCounters
 from megalith.sim.record_figures import RecordFigures
 from megalith.sim.run import SimResult
 
 FORMAT = "megalith.simulate/1"
+PS_PER_MS = 10**9
 
 _LATENCIES = {
     "ttft_ns": "TTFT", "tpot_ns": "TPOT", "itl_ns": "ITL", "e2e_ns": "E2E", "queue_ns": "queue",
@@ -177,7 +179,23 @@ def _happened(result: SimResult) -> dict[str, int]:
     }  # fmt: skip
     if result.power is not None:
         happened |= {"power samples above budget": result.power.violations, "brakes": result.power.brakes}
+    if result.pooled is not None:
+        happened |= _pooled(result.pooled)
     return happened
+
+
+def _pooled(pooled: PooledCounters) -> dict[str, int]:
+    steps = pooled.steps
+    return {
+        "KV moves": pooled.moved, "blocks moved": pooled.moved_blocks, "bytes moved": pooled.moved_bytes,
+        "KV placements": pooled.placed, "blocks placed": pooled.placed_blocks, "placements lapsed": pooled.lapsed,
+        "KV moves refused": pooled.refused, "KV moves aborted": pooled.aborted,
+        "requests recomputed for a lost holder": pooled.recomputed, "blocks lent at most": pooled.most_lent_blocks,
+        "steps with KV elsewhere": steps.steps, "tokens attended to elsewhere": steps.remote_tokens,
+        "bytes of queries and results": steps.query_bytes, "bytes of prompt KV sent": steps.streamed_bytes,
+        "ms waited for other instances": steps.waited_ps // PS_PER_MS,
+        "ms of attention for others": steps.foreign_ps // PS_PER_MS,
+    }  # fmt: skip
 
 
 def _notes(record: RecordFigures) -> list[str]:

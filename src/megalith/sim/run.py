@@ -25,6 +25,8 @@ from megalith.policy.cluster import InstanceId, Migrate
 from megalith.policy.expert_turns import ExpertScheduler
 from megalith.policy.facts import Request
 from megalith.policy.pipelined import PipelinedScheduler
+from megalith.policy.pooled_memory import PooledScheduler
+from megalith.sim import pooled_setup
 from megalith.sim.build import Builder
 from megalith.sim.cluster import Cluster
 from megalith.sim.expert_instance import ExpertInstance
@@ -38,6 +40,9 @@ from megalith.sim.network import Network
 from megalith.sim.operations import Operations
 from megalith.sim.parties import KvShape
 from megalith.sim.pipelined import PipelinedInstance
+from megalith.sim.pooled import Pooled, PooledCounters
+from megalith.sim.pooled_instance import PooledInstance
+from megalith.sim.pooled_steps import QueryShape
 from megalith.sim.power import PowerCounters
 from megalith.sim.record import Recorder
 from megalith.sim.record_figures import RecordFigures
@@ -104,6 +109,8 @@ class SimResult:
     """None without a power domain."""
     experts: ExpertCounters | None = None
     """None where every instance has one model."""
+    pooled: PooledCounters | None = None
+    """None where no instance lends KV memory to another."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -123,6 +130,7 @@ class Run:
         self.recorder = self.builder.recorder() if recorder is None else recorder
         self.kernel = Kernel()
         self._stop = stop
+        self.pooled: Pooled | None = None
         self._stopped = False
         self.experts = ExpertCounters()
         self._too_long = self._cut = 0
@@ -130,6 +138,10 @@ class Run:
         fleet = scenario.fleet
         router = registry.router(fleet.router, scenario.seed)
         controllers = [registry.controller(spec, scenario.seed + 1 + i) for i, spec in enumerate(fleet.controllers)]
+        self._pooling = pooled_setup.find(router, controllers)
+        if self._pooling is not None:
+            pooled_setup.check(fleet, self.builder.spec, self._pooling.lending)
+            self.builder.lend_kv(self._pooling.lending.share)
         self.cluster = Cluster(self.kernel, router, controllers, self.recorder, self._instance)
         if fleet.power is None and "telemetry" in self.cluster.control.listeners:
             raise ConfigError(
@@ -217,6 +229,7 @@ class Run:
             scaling=operations.scaling.counters,
             power=None if operations.power is None else operations.power.counters,
             experts=self.experts if any(kind.experts for kind in kinds.values()) else None,
+            pooled=None if self.pooled is None else self.pooled.counters,
             notes=self._notes(),
         )
 
@@ -239,7 +252,9 @@ class Run:
         kind = self.builder.kinds[pool.name]
         scheduler = self.builder.scheduler(pool)
         instance: Instance
-        if isinstance(scheduler, PipelinedScheduler):
+        if isinstance(scheduler, PooledScheduler):
+            instance = PooledInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, self.scenario.leap)
+        elif isinstance(scheduler, PipelinedScheduler):
             instance = PipelinedInstance(instance_id, cluster.kernel, scheduler, kind.timer, cluster, pool.pipeline)
         elif isinstance(scheduler, ExpertScheduler) and kind.experts is not None:
             weights = ExpertWeights(kind.experts, self.experts)
@@ -267,6 +282,11 @@ class Run:
         kinds, moves = self.builder.kinds, (self.handoffs, self.migrations)
         make = (lambda pool: kinds[pool.name].timer, self.builder.scheduler)
         self.operations = Operations(cluster, fleet, self.scenario.seed, tempos, moves, make)
+        if self._pooling is not None:
+            timers = {name: kind.timer for name, kind in kinds.items()}
+            query = QueryShape.of(spec, shape.bytes_per_token)
+            self.pooled = pooled_setup.connect(self._pooling, cluster, self.network, query, timers)
+            self.operations.faults.moves.append(self.pooled)
 
     # Load
 
@@ -316,7 +336,7 @@ class Run:
     def _beat(self, _argument: object) -> None:
         cluster = self.cluster
         cluster.view.take()
-        if cluster.busy:
+        if cluster.busy or not self.kernel.now_ns:  # the first clients of a closed loop come after this
             self.kernel.at(self.kernel.now_ns + round(self.scenario.fleet.heartbeat_s * NS_PER_S), self._beat)
 
     def _sample(self, _argument: object) -> None:

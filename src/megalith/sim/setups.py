@@ -55,6 +55,12 @@ SETUPS: Mapping[str, Setup] = {
         PolicySpec(name="freeness"),
         (PolicySpec(name="rebalance"),),
     ),
+    "infinite": Setup(
+        "instances lend each other KV memory; one request's KV on several of them",
+        "Infinite-LLM, arXiv:2401.02669",
+        PolicySpec(name="least-kv"),
+        (PolicySpec(name="pooled-kv"),),
+    ),
 }
 
 

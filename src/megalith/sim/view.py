@@ -64,6 +64,17 @@ class Facts:
         head = scheduler.head()
         return 0 if head is None else scheduler.kv.blocks_for(head.known)
 
+    def first_waiting(self) -> RequestFacts | None:
+        """See InstanceFacts."""
+        head = self._instance.scheduler.head()
+        if head is None:
+            return None
+        request = head.request
+        moving, away = self._instance.lives[request.id].moving, self._instance.scheduler.kv.away_blocks(request.id)
+        return RequestFacts(
+            request.id, request.priority, request.prompt_tokens, head.known, 0, False, moving, away
+        )  # fmt: skip
+
     def free_blocks(self) -> int:
         """See InstanceFacts."""
         return self._instance.free_blocks()
@@ -79,7 +90,8 @@ class Facts:
         return [
             RequestFacts(
                 sequence.request.id, sequence.request.priority, sequence.request.prompt_tokens, sequence.known,
-                sequence.table.held, sequence.cohort is not None, instance.lives[sequence.request.id].moving,
+                sequence.table.held - sequence.table.away, sequence.cohort is not None,
+                instance.lives[sequence.request.id].moving, sequence.table.away,
             )
             for sequence in instance.scheduler.running()
         ]  # fmt: skip
@@ -99,7 +111,7 @@ class OldFacts(Facts):
         for name in _FIELDS:
             setattr(self, name, getattr(live, name))
         self._values = (live.running(), live.waiting(), live.waiting_blocks(), live.head_blocks(), live.free_blocks(),
-                        live.preempted(), tuple(live.requests()))  # fmt: skip
+                        live.preempted(), tuple(live.requests()), live.first_waiting())  # fmt: skip
 
     def running(self) -> int:
         """See InstanceFacts."""
@@ -128,6 +140,10 @@ class OldFacts(Facts):
     def requests(self) -> Sequence[RequestFacts]:
         """See InstanceFacts."""
         return self._values[6]
+
+    def first_waiting(self) -> RequestFacts | None:
+        """See InstanceFacts."""
+        return self._values[7]
 
 
 class ClusterView:

@@ -16,6 +16,7 @@ STUDIES: dict[str, str] = {
     "genz": "GenZ: what a platform must have for a use case, by a roofline of operators, against one roof alone",
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
+    "infinite-llm": "Infinite-LLM: one request's KV on several instances, against instances that are each alone",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "distserve": "DistServe: prefill and decode on devices of their own, by goodput, against devices that do both",
     "instinfer": "InstInfer: decode attention inside the drives that hold KV, against KV over the host's path",

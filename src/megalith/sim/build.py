@@ -28,6 +28,7 @@ from megalith.cost.profile import Profile, from_device
 from megalith.cost.timer_analytic import AnalyticTimer
 from megalith.cost.timer_choice import KINDS, choose_timer
 from megalith.cost.timer_operators import OperatorTimer
+from megalith.cost.timer_overlap import OverlapTimer
 from megalith.cost.timer_phases import DeviceTimer, PhasePower
 from megalith.cost.timer_published import published, published_timers
 from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQuery, splitwise_tables
@@ -119,6 +120,8 @@ class Builder:
     def _kind(self, pool: PoolSpec) -> Kind:
         name = pool.timer or self.scenario.timer
         timer, timing, capacity = self._timer(pool, name)
+        if pool.overlap != "none":
+            timer, timing = _overlapped(pool, timer), f"{timing}, nano-batches overlapped (shares of a device assumed)"
         profile = self._profile(pool)
         blocks = pool.kv_blocks or capacity or self._fitting_blocks(pool, profile, name)
         context = min(self.spec.max_context, blocks * pool.block_tokens)
@@ -198,6 +201,15 @@ class Builder:
                 "Raise tensor_parallel, take a smaller format or a larger device.",
             )
         return blocks
+
+
+def _overlapped(pool: PoolSpec, timer: DeviceTimer) -> OverlapTimer:
+    if pool.pipeline_parallel > 1:
+        raise ConfigError(
+            f"Pool {pool.name!r} has {pool.pipeline_parallel} stages, whose micro-batches nano-batches would cut again.",
+            "Use overlap with pp1, or leave it away.",
+        )
+    return OverlapTimer(timer)
 
 
 def _power(timer: DeviceTimer) -> PhasePower | None:

@@ -42,6 +42,8 @@ class PoolSpec(Config, kw_only=True):
     pipeline_parallel: int = 1
     timer: str | None = None
     """How its steps are timed; None: as the scenario says."""
+    overlap: Literal["none", "nanoflow"] = "none"
+    """Operators of a step side by side on each device: `nanoflow` cuts its rows into nano-batches."""
     policy: str = "splitfuse"
     """Batch policy of each instance."""
     token_budget: int = 2048

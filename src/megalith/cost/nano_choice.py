@@ -7,7 +7,7 @@ integer program (`plan.nano_search`) and hands them to the same second stage. An
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from megalith.cost.graph import WHOLE
 from megalith.cost.lowering import DENSE, LINKS, Kind, LayerCosts, Piece, StepWork, sequential
@@ -33,8 +33,7 @@ SIZES: Final = (0.375, 0.5, 0.625)
 ROW_UNIT = 64
 PASSES = 2
 """Times that the descent goes over all operators, unless it stops earlier."""
-OVERLAPS: Final = ("both", "link", "none")
-Overlap = str
+Overlap: TypeAlias = Literal["both", "link", "none"]
 """What may run beside products: collectives and attention of decodes, collectives alone, nothing."""
 
 

@@ -24,21 +24,25 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from megalith.base.units import NS_PER_S
 from megalith.cost.lowering import KINDS, LayerCosts, Piece, StepWork
 from megalith.cost.nano import STREAM_OF, STREAMS, Cuts, Enough, Order, Slot, cut, dependencies
-from megalith.cost.nano_choice import Chosen, candidate_cuts, choose, orders
+from megalith.cost.nano_choice import Chosen, Overlap, candidate_cuts, choose, orders
 from megalith.plan.mix import check_solver, solver
 
 if TYPE_CHECKING:
     from highspy import HighsLp
 
 SIZES: Final = (0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625)
-LAG_FROM: Final = ("", "o", "up", "down")
+LAGS: Final = ("", "o", "up")
 """Operators of the second nano-batch from this one on work one layer behind; empty: none does."""
-DEADLINE_NS: Final = 45 * NS_PER_S
-"""Of all programs together."""
-PROGRAM_NS: Final = 5 * NS_PER_S
-"""Of each of them."""
+DEADLINE_NS: Final = 180 * NS_PER_S
+"""Of all programs together; a backstop. `NODES` bounds the work, so that every machine finds the same."""
+NODES: Final = 50
+"""Branches of one program. Most are proven by then; the rest is within some per cent of its bound."""
+FINE: Final = 3
+"""Of the best with two nano-batches, how many are tried with four of KQV and attention of decodes as well."""
 KEEP: Final = 6
 """Orders that go through stage 2."""
+GAP: Final = 1e-4
+"""Between an order and its bound, as a fraction, below which it counts as proven."""
 _PS_PER_US = 1e6
 
 
@@ -51,60 +55,90 @@ class Found(NamedTuple):
     """Without interference."""
     bound_ps: float
     """No order of these operators has a shorter one: the busiest stream alone, or what the solver proved."""
+    lag_from: str
+
+    @property
+    def proven(self) -> bool:
+        """Whether no order of these operators and lags is better."""
+        return self.period_ps <= self.bound_ps * (1 + 2 * GAP)
+
+
+class Stage(NamedTuple):
+    """What stage 1 gave."""
+
+    found: tuple[Found, ...]
+    programs: int
+    proven: int
+    """Programs solved to the end."""
 
 
 class Searched(NamedTuple):
     """What both stages gave."""
 
     chosen: Chosen
-    programs: int
-    proven: int
-    """Programs that were solved to the end."""
-    best_period_ps: float | None
-    """The shortest of stage 1."""
-    seconds: float
+    stage: Stage
+
+
+class Effort(NamedTuple):
+    """How much stage 1 tries."""
+
+    sizes: tuple[float, ...] = SIZES
+    lags: tuple[str, ...] = LAGS
+    deadline_ns: int = DEADLINE_NS
+
+
+QUICK: Final = Effort((0.5, 0.5625), ("", "o"))
+"""For a first look: four programs and their finer cuts."""
 
 
 def search(
     costs: LayerCosts,
     work: StepWork,
     enough: Enough = Enough(),  # noqa: B008 - a constant
-    overlap: str = "both",
-    deadline_ns: int = DEADLINE_NS,
+    overlap: Overlap = "both",
+    effort: Effort = Effort(),  # noqa: B008
+    stage: Stage | None = None,
 ) -> Searched:
-    """Both stages for one shape of a step. Raises MachineError without the solver.
+    """Both stages for one shape of a step; `stage` 1 again where it is known. Raises MachineError without the solver.
 
     Orders of the timer's own quick choice take part, so the answer is never worse than that one.
     """
+    stage = first_stage(costs, work, effort) if stage is None else stage
+    candidates = [(one.cuts, one.order) for one in stage.found[:KEEP]]
+    for cuts in candidate_cuts(work.rows, effort.sizes):
+        candidates += [(cuts, order) for order in orders(cut(costs, work, cuts), cuts)]
+    return Searched(choose(costs, work, enough, candidates, overlap, KEEP), stage)
+
+
+def first_stage(costs: LayerCosts, work: StepWork, effort: Effort = Effort()) -> Stage:  # noqa: B008
+    """Orders without interference, the shortest period first. Raises MachineError without the solver."""
     check_solver()
-    began = time.perf_counter_ns()
+    end_ns = time.perf_counter_ns() + effort.deadline_ns
+    every = candidate_cuts(work.rows, effort.sizes)
+    cases = [(cuts, lag) for cuts in every if cuts.fine == cuts.coarse for lag in effort.lags]
     found: list[Found] = []
-    programs = proven = 0
-    cases = [(cuts, lag) for cuts in candidate_cuts(work.rows, SIZES) for lag in LAG_FROM]
-    parts = {cuts: cut(costs, work, cuts) for cuts, _ in cases}
-    cases.sort(key=lambda case: _bound(parts[case[0]]))
-    for cuts, lag in cases:
-        left = deadline_ns - (time.perf_counter_ns() - began)
-        if left <= 0:
-            break
-        one = best_order(parts[cuts], cuts, lag, min(left, PROGRAM_NS))
-        programs += 1
-        if one is not None:
-            proven += one.period_ps <= one.bound_ps * (1 + 1e-6)
-            found.append(one)
+    programs = 0
+    for turn in range(2):
+        for cuts, lag in cases:
+            left = end_ns - time.perf_counter_ns()
+            if left > 0:
+                programs += 1
+                one = best_order(cut(costs, work, cuts), cuts, lag, left)
+                found += [] if one is None else [one]
+        if not turn:
+            found.sort(key=lambda each: each.period_ps)
+            finer = {cuts.coarse: cuts for cuts in every if cuts.fine != cuts.coarse}
+            cases = [(finer[one.cuts.coarse], one.lag_from) for one in found[:FINE] if one.cuts.coarse in finer]
     found.sort(key=lambda each: each.period_ps)
-    candidates = [(one.cuts, one.order) for one in found[:KEEP]]
-    candidates += [(cuts, order) for cuts, layer in parts.items() for order in orders(layer, cuts)]
-    chosen = choose(costs, work, enough, candidates, overlap, KEEP)
-    best = found[0].period_ps if found else None
-    return Searched(chosen, programs, proven, best, (time.perf_counter_ns() - began) / NS_PER_S)
+    return Stage(tuple(found), programs, sum(one.proven for one in found))
 
 
-def best_order(parts: Sequence[Piece], cuts: Cuts, lag_from: str, deadline_ns: int = PROGRAM_NS) -> Found | None:
+def best_order(parts: Sequence[Piece], cuts: Cuts, lag_from: str, deadline_ns: int = DEADLINE_NS) -> Found | None:
     """The order with the shortest period for these operators and lags; None where none was found in time."""
     lags = [_lag(piece, cuts, lag_from) for piece in parts]
     highs = solver(deadline_ns)
-    highs.setOptionValue("mip_rel_gap", 1e-4)
+    highs.setOptionValue("mip_rel_gap", GAP)
+    highs.setOptionValue("mip_max_nodes", NODES)
     highs.passModel(_program(parts, lags))
     highs.run()
     info = highs.getInfo()
@@ -112,8 +146,8 @@ def best_order(parts: Sequence[Piece], cuts: Cuts, lag_from: str, deadline_ns: i
         return None
     starts = list(highs.getSolution().col_value)[1 : len(parts) + 1]
     period = float(info.objective_function_value) * _PS_PER_US
-    bound = max(_bound(parts), float(info.mip_dual_bound) * _PS_PER_US * (1 - 1e-4))
-    return Found(cuts, _order(parts, lags, starts), period, min(bound, period))
+    bound = max(_bound(parts), float(info.mip_dual_bound) * _PS_PER_US)
+    return Found(cuts, _order(parts, lags, starts), period, min(bound, period), lag_from)
 
 
 def _lag(piece: Piece, cuts: Cuts, lag_from: str) -> int:

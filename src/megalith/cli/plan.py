@@ -47,6 +47,11 @@ app.command(
     name="context",
     help="Say what long contexts cost, and the ways back to a short one.",
 )
+app.command(
+    "megalith.cli.plan_nano:app",
+    name="nano",
+    help="Overlap compute, memory and links inside a device, and say how far the optimum is.",
+)
 
 
 @Parameter(name="*", group="What to plan")

@@ -13,7 +13,7 @@ Knows timers that say what their steps consist of (analytic and operator tables)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -64,9 +64,15 @@ class Piece(NamedTuple):
 class LayerCosts(Protocol):
     """What the parts of one layer take, in picoseconds, for the rows that are there."""
 
-    cost: CostModel
-    """Shapes and rates, at the timer's clock."""
-    factor: float
+    @property
+    def cost(self) -> CostModel:
+        """Shapes and rates, at the timer's clock."""
+        ...
+
+    @property
+    def factor(self) -> float:
+        """On all durations."""
+        ...
 
     def dense_ps(self, rows: int) -> float:
         """The products of `rows` rows, with element-wise work and launches."""
@@ -126,9 +132,7 @@ class AnalyticCosts:
         rates = cost.profile.rates
         share = max(1, -(-cost.spec.num_kv_heads // cost.devices)) / cost.spec.num_kv_heads
         key_ns = cost.kv_layer_token_bytes * rates.kv_byte_ns * share
-        chunks = max(
-            shape.chunk_tokens * key_ns, shape.chunk_pairs * cost.pair_macs * rates.pair_mac_ns / cost.devices
-        )
+        chunks = max(shape.chunk_tokens * key_ns, shape.chunk_pairs * cost.pair_macs * rates.pair_mac_ns / cost.devices)
         return (shape.decode_tokens * key_ns + chunks) * self.factor * PS_PER_NS / cost.spec.num_layers
 
     def rest_ps(self, work: StepWork) -> float:
@@ -256,8 +260,6 @@ def step_power_w(costs: LayerCosts, work: StepWork, duration_ps: float) -> float
 
     The same work in less time keeps the parts of the device busier: `cost.energy`.
     """
-    from dataclasses import replace
-
     power = costs.cost.profile.power
     if power is None:
         raise ConfigError(

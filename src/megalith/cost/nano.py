@@ -147,7 +147,12 @@ def dependencies(parts: Sequence[Piece]) -> tuple[list[tuple[int, ...]], list[tu
         if piece.kind == "prefill":
             first = decodes
         parents = _parents(piece.kind, by_kind)
-        found = tuple(n for kind in parents for n in by_kind[kind] if parts[n].rows[0] < end and parts[n].rows[1] > first)
+        found = tuple(
+            number
+            for kind in parents
+            for number in by_kind[kind]
+            if parts[number].rows[0] < end and parts[number].rows[1] > first
+        )
         within.append(() if piece.kind == "kqv" else found)
         across.append(found if piece.kind == "kqv" else ())
     return within, across
@@ -169,10 +174,8 @@ def slowed_ps(pipeline: Pipeline, enough: Enough) -> list[int]:
 
     Attention of decodes that leaves room for a product also leaves it the bandwidth that its weights need.
     """
-    greed = max(
-        (piece.memory_ps / piece.duration_ps for piece in pipeline.parts if STREAM_OF[piece.kind] == "compute" and piece.duration_ps),
-        default=0.0,
-    )  # fmt: skip
+    products = [piece for piece in pipeline.parts if STREAM_OF[piece.kind] == "compute" and piece.duration_ps]
+    greed = max((piece.memory_ps / piece.duration_ps for piece in products), default=0.0)
     times = []
     for piece, share in zip(pipeline.parts, pipeline.shares, strict=True):
         stream = STREAM_OF[piece.kind]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from megalith.cost.graph import WHOLE
-from megalith.cost.lowering import DENSE, LINKS, Kind, LayerCosts, Piece, StepWork, sequential
+from megalith.cost.lowering import Kind, LayerCosts, Piece, StepWork, sequential
 from megalith.cost.nano import (
     SEARCH_LAYERS,
     STREAM_OF,
@@ -72,8 +72,8 @@ def candidate_cuts(rows: int, sizes: Sequence[float] = SIZES) -> list[Cuts]:
 
 
 def orders(parts: Sequence[Piece], cuts: Cuts) -> list[Order]:
-    """Two orders: both halves side by side, and the second half a layer behind (as attention of one hides the FFN of
-    the other)."""
+    """Orders worth a try: both halves side by side, either of them first; the second half a layer behind (attention of
+    one hides the FFN of the other); and the second half, which has the prompts, half a layer ahead."""
     middle = cuts.coarse[1]
     slots: dict[tuple[Kind, int], list[Slot]] = {}
     seen: dict[Kind, int] = {}
@@ -81,32 +81,31 @@ def orders(parts: Sequence[Piece], cuts: Cuts) -> list[Order]:
         part = seen.get(piece.kind, 0)
         seen[piece.kind] = part + 1
         slots.setdefault((piece.kind, int(piece.rows[0] >= middle)), []).append(Slot(piece.kind, part))
-    halves = ("a", "b")
+    named = {f"{kind}-{'ab'[half]}": found for (kind, half), found in slots.items()}
 
-    def take(*names: str, lag: int = 0) -> list[Slot]:
+    def take(text: str, lag: int = 0) -> tuple[Slot, ...]:
         """Slots named like `o-a`; `lag` counts for the second half's operators behind attention."""
-        found = []
-        for name in names:
-            kind, _, half = name.partition("-")
-            late = lag if half == "b" and kind in ("o", "reduce", "up", "down", "gather") else 0
-            found += [slot._replace(lag=late) for slot in slots.get((kind, halves.index(half)), [])]  # type: ignore[call-overload]
-        return found
+        late = {"o-b", "reduce-b", "up-b", "down-b", "gather-b"} if lag else set()
+        return tuple(slot._replace(lag=int(name in late)) for name in text.split() for slot in named.get(name, []))
 
-    together = Order(
-        tuple(take("kqv-a", "kqv-b", "prefill-a", "prefill-b", "o-a", "o-b", "up-a", "up-b", "down-a", "down-b")),
-        tuple(take("decode-a", "decode-b")),
-        tuple(take("reduce-a", "reduce-b", "gather-a", "gather-b")),
-    )
-    behind = Order(
-        tuple(
-            take(
-                "o-b", "kqv-a", "prefill-a", "up-b", "down-b", "o-a", "kqv-b", "prefill-b", "up-a", "down-a", lag=1
-            )
+    attention, links = take("decode-a decode-b"), take("reduce-a reduce-b gather-a gather-b")
+    # Prompt rows of the second half read keys of those in the first, so it can only go first when it has them all.
+    prompts_first = "kqv-b kqv-a" if "prefill-a" in named else "kqv-b prefill-b o-b kqv-a"
+    then = "prefill-a prefill-b o-b up-b o-a" if "prefill-a" in named else "up-b o-a"
+    return [
+        Order(take("kqv-a kqv-b prefill-a prefill-b o-a o-b up-a up-b down-a down-b"), attention, links),
+        Order(
+            take("o-b kqv-a prefill-a up-b down-b o-a kqv-b prefill-b up-a down-a", 1),
+            attention,
+            take("reduce-b gather-b reduce-a gather-a", 1),
         ),
-        tuple(take("decode-a", "decode-b")),
-        tuple(take("reduce-b", "gather-b", "reduce-a", "gather-a", lag=1)),
-    )  # fmt: skip
-    return [together, behind]
+        Order(
+            take(f"{prompts_first} {then} down-b up-a down-a"),
+            take("decode-b decode-a"),
+            take("reduce-b reduce-a gather-b gather-a"),
+        ),
+        Order(take("kqv-a prefill-a o-a kqv-b prefill-b up-a o-b down-a up-b down-b"), attention, links),
+    ]
 
 
 def choose(
@@ -174,8 +173,8 @@ def _all(costs: LayerCosts, work: StepWork) -> Iterable[tuple[Cuts, Order]]:
 def _options(enough: Enough, overlap: Overlap) -> dict[Stream, tuple[int, ...]]:
     """Shares worth trying, by stream: a product leaves room for one or both of the others, or for part of them."""
     memory, link = enough.memory, enough.link
-    rooms = {"both": (0, link // 2, link, memory // 2, memory, memory + link), "link": (0, link // 2, link), "none": (0,)}
-    products = tuple(dict.fromkeys(WHOLE - room for room in rooms[overlap] if WHOLE - room >= 100))
+    rooms = {"both": (0, link // 2, link, memory // 2, memory, memory + link), "link": (0, link // 2, link)}
+    products = tuple(dict.fromkeys(WHOLE - room for room in rooms.get(overlap, (0,)) if WHOLE - room >= 100))
     attention = (memory, memory * 3 // 4, memory // 2, memory // 4, WHOLE) if overlap == "both" else (WHOLE,)
     links = (link, link * 3 // 4, link // 2) if overlap != "none" else (WHOLE,)
     return {"compute": products, "memory": attention, "link": links}
@@ -188,8 +187,12 @@ def _starts(parts: Sequence[Piece], enough: Enough, overlap: Overlap) -> list[tu
     narrow = min(memory, WHOLE - link)
     rooms = {WHOLE - enough.link, WHOLE - enough.memory, max(WHOLE - enough.memory - enough.link, 100)}
     rooms = rooms if overlap == "both" else {WHOLE - enough.link} if overlap == "link" else {WHOLE}
-    by_stream = [{"compute": room, "memory": narrow if overlap == "both" else memory, "link": link} for room in sorted(rooms)]
-    return [tuple(shares[STREAM_OF[piece.kind]] for piece in parts) for shares in by_stream]
+    if overlap == "both":
+        memory = narrow
+    return [
+        tuple({"compute": room, "memory": memory, "link": link}[STREAM_OF[piece.kind]] for piece in parts)
+        for room in sorted(rooms)
+    ]
 
 
 def _few(

@@ -22,7 +22,7 @@ from megalith.cost.nano import Enough
 from megalith.cost.nano_choice import LEAST_ROWS, choose
 from megalith.cost.timer import Line, Prompt
 from megalith.cost.timer_analytic import MAX_MEMO, POWER_CONTEXT, POWER_DECODES, POWER_ROWS
-from megalith.cost.timer_phases import DeviceTimer, NO_END, POWER_EXPONENT, PhasePower, at_lower_clock, quick_line
+from megalith.cost.timer_phases import NO_END, POWER_EXPONENT, DeviceTimer, PhasePower, at_lower_clock, quick_line
 
 ROWS: Final = (LEAST_ROWS, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 """Rows of a step at the corners; fewer save nothing, more save what the last does."""
@@ -48,7 +48,7 @@ class Savings:
             decodes = rows * quarters // PARTS
             prompts = (Prompt(rows - decodes, 0, False),) if decodes < rows else ()
             bare = _Bare(self.costs)
-            found = choose(bare, StepWork(decodes, decodes * context, prompts), self.enough, keep=1).saving_ps
+            found = choose(bare, StepWork(decodes, decodes * context, prompts), self.enough, keep=2).saving_ps
             self._corners[key] = found
         return found
 
@@ -160,7 +160,8 @@ class OverlapTimer:
     def scaled(self, factor: float) -> OverlapTimer:
         """See DeviceTimer."""
         full = None if self.clock == 1.0 else self._full
-        return OverlapTimer(self.base.scaled(factor), self.enough, self._savings, self.factor * factor, full, self.clock)
+        base, whole = self.base.scaled(factor), self.factor * factor
+        return OverlapTimer(base, self.enough, self._savings, whole, full, self.clock)
 
     def at_clock(self, fraction: float) -> OverlapTimer:
         """See DeviceTimer. Pipelines are searched anew: products are slower then, links are not."""

@@ -1,6 +1,6 @@
 """How far a model on a device is from the most it could do, and how near nano-batches bring it (NanoFlow).
 
-    optimum = F / (2 P)                     tokens a second and device, F the FLOP/s that products reach, P active weights
+    optimum = F / (2 P)                     tokens a second of a device; F: FLOP/s reached, P: active weights
     class   = the longest of T_compute, T_memory, T_links of a step of B rows under a workload
 
 Then the pipeline: sequential, nano-batches without overlap, with collectives overlapped, with attention as well. Knows
@@ -16,10 +16,10 @@ import msgspec
 from megalith.base.errors import ConfigError, DoesNotFit
 from megalith.cost import parameters as counting
 from megalith.cost.compute import CostModel
-from megalith.cost.graph import Moment, Op, Schedule, check, occupancy, schedule
+from megalith.cost.graph import WHOLE, Moment, Op, Schedule, check, occupancy, schedule
 from megalith.cost.lowering import LayerCosts, StepWork, gemm_ns, layer_costs, sequential, sequential_ps, step_power_w
 from megalith.cost.memory import kv_bytes_per_token, per_device_kv_heads, per_device_weights
-from megalith.cost.nano import STREAMS, Enough, Pipeline, cut, frame, operators, slowed_ps
+from megalith.cost.nano import STREAM_OF, Enough, Frame, Pipeline, cut, frame, operators, slowed_ps
 from megalith.cost.nano_choice import Chosen, candidate_cuts
 from megalith.cost.timer import Prompt
 from megalith.cost.timer_phases import DeviceTimer
@@ -77,8 +77,27 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     alone_ns: int
     takes_ns: int
     start_ns: int
-    """From the start of the period in which the layer's first operator begins."""
-    lag: int
+    """From where the layer's first operator begins."""
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """One operator of the timeline, of whatever layer."""
+
+    kind: str
+    stream: str
+    row: int
+    """Its first."""
+    start_ns: int
+    end_ns: int
+
+
+class Steady(NamedTuple):
+    """The middle of a pipeline."""
+
+    lines: tuple[Line, ...]
+    busy: dict[str, tuple[float, float, float]]
+    timeline: tuple[Shown, ...] = ()
+    levels: dict[str, tuple[tuple[int, float], ...]] = {}
 
 
 class NanoPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +123,10 @@ class NanoPlan(msgspec.Struct, frozen=True, kw_only=True):
     pipeline: tuple[Line, ...]
     busy: dict[str, tuple[float, float, float]]
     """By resource: mean of a step without nano-batches, mean with them in steady state, most at any moment."""
+    timeline: tuple[Shown, ...]
+    """Two periods in steady state."""
+    levels: dict[str, tuple[tuple[int, float], ...]]
+    """By resource: (nanosecond, how busy from then on)."""
     programs: int
     proven: int
     enough: Enough
@@ -192,13 +215,14 @@ def plan_step(
     stage = first_stage(costs, work, effort)
     links = search(costs, work, enough, "link", effort, stage)
     both = search(costs, work, enough, "both", effort, stage)
-    lines, busy = _steady(costs, work, both, enough)
+    steady = _steady(costs, work, both, enough)
     return NanoPlan(
         model=cost.spec.name, device=cost.profile.name, devices=cost.devices, rows=work.rows, decodes=work.decodes,
         context=work.context_sum // max(work.decodes, 1), limited=limited, flops_per_s=flops, parameters=parameters,
         optimum=optimum, times=times_of(cost, work), ways=_ways(costs, work, (links.chosen, both.chosen), optimum),
         cuts=(both.chosen.cuts.fine, both.chosen.cuts.coarse), period_ns=both.chosen.period_ps // 1000,
-        pipeline=lines, busy=busy, programs=stage.programs, proven=stage.proven, enough=enough,
+        pipeline=steady.lines, busy=steady.busy, timeline=steady.timeline, levels=steady.levels,
+        programs=stage.programs, proven=stage.proven, enough=enough,
     )  # fmt: skip
 
 
@@ -241,41 +265,49 @@ def timeline(pipeline: Pipeline, enough: Enough, layers: int = SHOWN_LAYERS) -> 
     return ops, plan
 
 
-def _steady(
-    costs: LayerCosts, work: StepWork, found: Searched, enough: Enough
-) -> tuple[tuple[Line, ...], dict[str, tuple[float, float, float]]]:
+def _steady(costs: LayerCosts, work: StepWork, found: Searched, enough: Enough) -> Steady:
     """The operators of a layer in the middle, and how busy resources are there."""
     before = _plain_busy(costs, work)
-    pipeline = found.chosen.pipeline
+    pipeline, period = found.chosen.pipeline, found.chosen.period_ps
     if pipeline is None:
-        return (), {name: (mean, mean, 1.0) for name, mean in before.items()}
+        return Steady((), {name: (mean, mean, 1.0) for name, mean in before.items()})
     shape = frame(pipeline.parts, pipeline.order, SHOWN_LAYERS)
     ops, plan = timeline(pipeline, enough)
-    middle, times = SHOWN_LAYERS // 2, slowed_ps(pipeline, enough)
-    here = [number for number, layer in enumerate(shape.layers) if layer == middle]
-    begin = min(plan.start_ps[number] for number in here)
-    lags = {}
-    for stream in STREAMS:
-        lags |= {(slot.kind, slot.part): slot.lag for slot in getattr(pipeline.order, stream)}
-    seen: dict[str, int] = {}
-    lines = []
-    for number in sorted(here, key=lambda each: shape.pieces[each]):
-        piece = pipeline.parts[shape.pieces[number]]
-        part = seen.get(piece.kind, 0)
-        seen[piece.kind] = part + 1
-        lines.append(
-            Line(
-                kind=piece.kind, rows=piece.rows, share=pipeline.shares[shape.pieces[number]] / 1000,
-                alone_ns=piece.duration_ps // 1000, takes_ns=times[shape.pieces[number]] // 1000,
-                start_ns=(plan.start_ps[number] - begin) // 1000, lag=lags[piece.kind, part],
-            )
-        )  # fmt: skip
-    window = (begin, begin + found.chosen.period_ps)
-    busy = {}
+    middle = SHOWN_LAYERS // 2
+    begin = min(start for start, layer in zip(plan.start_ps, shape.layers, strict=True) if layer == middle)
+    window, two = (begin, begin + period), (begin, begin + 2 * period)
+    busy, levels = {}, {}
     for name, mean in before.items():
         moments = occupancy(ops, plan, name)
         busy[name] = (mean, _mean(moments, window), max((moment.value for moment in moments), default=0.0))
-    return tuple(sorted(lines, key=lambda line: line.start_ns)), busy
+        levels[name] = tuple(
+            (max(moment.start_ps - begin, 0) // 1000, moment.value) for moment in moments
+            if moment.end_ps > two[0] and moment.start_ps < two[1]
+        )  # fmt: skip
+    shown = tuple(
+        Shown(
+            kind=pipeline.parts[number].kind, stream=STREAM_OF[pipeline.parts[number].kind],
+            row=pipeline.parts[number].rows[0], start_ns=(start - begin) // 1000, end_ns=(end - begin) // 1000,
+        )
+        for number, start, end in zip(shape.pieces, plan.start_ps, plan.end_ps, strict=True)
+        if end > two[0] and start < two[1]
+    )  # fmt: skip
+    return Steady(_lines(pipeline, shape, plan, middle, enough), busy, shown, levels)
+
+
+def _lines(pipeline: Pipeline, shape: Frame, plan: Schedule, layer: int, enough: Enough) -> tuple[Line, ...]:
+    times = slowed_ps(pipeline, enough)
+    here = {piece: at for at, piece in enumerate(shape.pieces) if shape.layers[at] == layer}
+    begin = min(plan.start_ps[at] for at in here.values())
+    lines = [
+        Line(
+            kind=piece.kind, rows=piece.rows, share=pipeline.shares[number] / WHOLE,
+            alone_ns=piece.duration_ps // 1000, takes_ns=times[number] // 1000,
+            start_ns=(plan.start_ps[here[number]] - begin) // 1000,
+        )
+        for number, piece in enumerate(pipeline.parts)
+    ]  # fmt: skip
+    return tuple(sorted(lines, key=lambda line: line.start_ns))
 
 
 def _plain_busy(costs: LayerCosts, work: StepWork) -> dict[str, float]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from megalith.base.units import NS_PER_S
 from megalith.cost.lowering import KINDS, LayerCosts, Piece, StepWork
@@ -39,8 +39,8 @@ NODES: Final = 50
 """Branches of one program. Most are proven by then; the rest is within some per cent of its bound."""
 FINE: Final = 3
 """Of the best with two nano-batches, how many are tried with four of KQV and attention of decodes as well."""
-KEEP: Final = 6
-"""Orders that go through stage 2."""
+KEEP: Final = 24
+"""Orders that go through all of stage 2: those with the best first guess of shares."""
 GAP: Final = 1e-4
 """Between an order and its bound, as a fraction, below which it counts as proven."""
 _PS_PER_US = 1e6
@@ -104,7 +104,7 @@ def search(
     Orders of the timer's own quick choice take part, so the answer is never worse than that one.
     """
     stage = first_stage(costs, work, effort) if stage is None else stage
-    candidates = [(one.cuts, one.order) for one in stage.found[:KEEP]]
+    candidates = [(one.cuts, one.order) for one in stage.found]
     for cuts in candidate_cuts(work.rows, effort.sizes):
         candidates += [(cuts, order) for order in orders(cut(costs, work, cuts), cuts)]
     return Searched(choose(costs, work, enough, candidates, overlap, KEEP), stage)
@@ -151,7 +151,7 @@ def best_order(parts: Sequence[Piece], cuts: Cuts, lag_from: str, deadline_ns: i
 
 
 def _lag(piece: Piece, cuts: Cuts, lag_from: str) -> int:
-    late = bool(lag_from) and KINDS.index(piece.kind) >= KINDS.index(lag_from)  # type: ignore[arg-type]
+    late = bool(lag_from) and KINDS.index(piece.kind) >= KINDS.index(lag_from)
     return int(late and piece.rows[0] >= cuts.coarse[1])
 
 
@@ -163,7 +163,7 @@ def _bound(parts: Sequence[Piece]) -> float:
 
 
 def _program(parts: Sequence[Piece], lags: Sequence[int]) -> HighsLp:
-    """By rows, in microseconds: T, then the starts, then one binary for each pair of a stream that may go either way."""
+    """By rows, in microseconds: T, the starts, one binary for each pair of a stream that may go either way."""
     import highspy
     import numpy as np
 
@@ -188,7 +188,7 @@ def _program(parts: Sequence[Piece], lags: Sequence[int]) -> HighsLp:
             if _same(parts, i, j) and lags[i] == lags[j]
         ]  # fmt: skip
     columns = 1 + count + len(pairs)
-    lp: Any = highspy.HighsLp()
+    lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = columns, len(rows)
     lp.col_cost_ = np.array([1.0] + [0.0] * (columns - 1))
     lp.col_lower_ = np.array([_bound(parts) / _PS_PER_US] + [0.0] * (columns - 1))

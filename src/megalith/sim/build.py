@@ -206,7 +206,7 @@ class Builder:
 def _overlapped(pool: PoolSpec, timer: DeviceTimer) -> OverlapTimer:
     if pool.pipeline_parallel > 1:
         raise ConfigError(
-            f"Pool {pool.name!r} has {pool.pipeline_parallel} stages, whose micro-batches nano-batches would cut again.",
+            f"Pool {pool.name!r} has {pool.pipeline_parallel} stages, whose batches nano-batches would cut again.",
             "Use overlap with pp1, or leave it away.",
         )
     return OverlapTimer(timer)

@@ -17,6 +17,7 @@ STUDIES: dict[str, str] = {
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
+    "nanoflow": "NanoFlow: nano-batches that overlap inside a device, against one operator after the other",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
 }
 """By name, in the order of `--all`; the module of that name (`_` for `-`) in this package has it as STUDY."""

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Final
 
-from megalith.cost.lowering import LayerCosts, StepWork, layer_costs, sequential_ps, step_power_w
+import msgspec
+
+from megalith.cost.lowering import LayerCosts, StepWork, TableCosts, layer_costs, sequential_ps, step_power_w
 from megalith.cost.nano import Enough
 from megalith.cost.nano_choice import LEAST_ROWS, choose
 from megalith.cost.timer import Line, Prompt
@@ -30,6 +33,9 @@ PARTS: Final = 4
 """Decodes at the corners are quarters of the rows."""
 CONTEXTS: Final = (0, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 """Mean tokens in the cache of a decode, at the corners; longer ones save what the last does."""
+
+MOST_KNOWN: Final = 64
+"""Timers (models, devices, clocks) whose savings are kept."""
 
 
 class Savings:
@@ -86,6 +92,23 @@ class Savings:
         return (sides[0] * (high_rows - rows) + far) // (rows * (high_rows - low_rows))
 
 
+def savings_of(base: DeviceTimer, enough: Enough) -> Savings:
+    """The savings of a timer, the same object for equal timers: what was searched once serves every run of a process.
+
+    Raises ConfigError for a base timer that does not know the operators of its steps.
+    """
+    costs = layer_costs(base)
+    cost = costs.cost
+    tables = (costs.timer.tables, costs.timer.host_ns) if isinstance(costs, TableCosts) else None
+    parts = (cost.spec, cost.profile, cost.weights, cost.kv_format, cost.devices, costs.factor, enough, tables)
+    key = blake2b(msgspec.json.encode(parts), digest_size=16).digest()
+    if key not in _KNOWN:
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = Savings(costs, enough)
+    return _KNOWN[key]
+
+
 class _Bare:
     """The costs of a timer without attention of prompt chunks."""
 
@@ -98,6 +121,10 @@ class _Bare:
     def prefill_ps(self, prompts: Sequence[Prompt]) -> float:  # noqa: ARG002 - see LayerCosts
         """None of it."""
         return 0.0
+
+
+_KNOWN: dict[bytes, Savings] = {}
+"""Found savings: results of a pure function."""
 
 
 class OverlapTimer:
@@ -114,7 +141,7 @@ class OverlapTimer:
         self._full = self if full is None else full
         self._watts: dict[float, PhasePower] = {}
         self.base, self.enough, self.factor, self.clock = base, enough, factor, clock
-        self._savings = Savings(layer_costs(base), enough) if savings is None else savings
+        self._savings = savings_of(base, enough) if savings is None else savings
 
     def saving_ps(self, rows: int, decodes: int, context_sum: int) -> int:
         """What a step is shorter by than the base timer's."""
@@ -166,7 +193,7 @@ class OverlapTimer:
     def at_clock(self, fraction: float) -> OverlapTimer:
         """See DeviceTimer. Pipelines are searched anew: products are slower then, links are not."""
         slower = self.base.at_clock(fraction)
-        return OverlapTimer(slower, self.enough, Savings(layer_costs(slower), self.enough), 1.0, self._full, fraction)
+        return OverlapTimer(slower, self.enough, savings_of(slower, self.enough), 1.0, self._full, fraction)
 
     def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:
         """See DeviceTimer: the same work in less time keeps compute, memory and links busier, at most the peak."""

@@ -184,9 +184,10 @@ def _starts(parts: Sequence[Piece], enough: Enough, overlap: Overlap) -> list[tu
     """Where the descent may begin: products leave room for nobody, for collectives, for attention, for both."""
     options = _options(enough, overlap)
     memory, link = options["memory"][0], options["link"][0]
-    narrow = min(memory, WHOLE - link)
+    narrow = max(min(memory, WHOLE - link), 100)
     rooms = {WHOLE - enough.link, WHOLE - enough.memory, max(WHOLE - enough.memory - enough.link, 100)}
     rooms = rooms if overlap == "both" else {WHOLE - enough.link} if overlap == "link" else {WHOLE}
+    rooms = {max(room, 100) for room in rooms}
     if overlap == "both":
         memory = narrow
     return [

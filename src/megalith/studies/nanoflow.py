@@ -55,7 +55,7 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 TIMERS = ("analytic", "operators")
 LENGTHS = {"512/512": (512, 512), "1024/512": (1024, 512), "512/1024": (512, 1024)}
 WORKLOADS = (*LENGTHS, "azure-conv", "lmsys", "sharegpt")
-RATES = (30.0, 34.0, 38.0, 42.0, 46.0)
+RATES = (30.0, 34.0, 38.0, 42.0, 46.0, 50.0)
 NORMALIZED_S = 0.2
 """Limit on seconds per token of an answer, waiting included, as in the publication."""
 CLIENTS = 2048
@@ -132,7 +132,7 @@ def serving(case: Case) -> Simulated:
 
 def online(case: Case) -> Simulated:
     """LMSYS lengths at a Poisson rate."""
-    requests = 4_000 if case.fast else 10_000
+    requests = 4_000 if case.fast else 20_000
     rate = PoissonArrivals(rate_per_s=case.at)
     return _simulated(case, msgspec.structs.replace(workload("lmsys"), arrivals=rate, requests=requests))
 

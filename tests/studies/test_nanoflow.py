@@ -6,13 +6,13 @@ import msgspec
 import pytest
 
 from megalith.plan.nano import optimum_per_s
-from megalith.studies.nanoflow import OFF, ON, STUDY, WORKLOADS, classes, online, serving
+from megalith.studies.nanoflow import ANSWERS, OFF, ON, STUDY, WORKLOADS, classes, online, serving
 from megalith.studies.nanoflow_published import ENGINES, FLOPS_PER_S, OWN, PARAMETERS
 from megalith.studies.study import Case, Simulated
 
 
 def test_what_binds_by_the_length_of_answers() -> None:
-    short, long = (classes({"arm": ON.name, "at": at}) for at in (512.0, 32_768.0))
+    short, long = (classes({"arm": ANSWERS.name, "at": at}) for at in (512.0, 32_768.0))
     assert short["memory"] is not None
     assert short["memory"] < 1.0
     assert long["memory"] is not None

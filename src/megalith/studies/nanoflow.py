@@ -50,6 +50,8 @@ LINKS = Arm("links", "on", "collectives overlapped")
 BOTH = Arm("both", "on", "collectives and attention overlapped")
 WAYS = (SEQUENTIAL, SPLIT, LINKS, BOTH)
 ON, OFF = Arm("on", "on", "nano-batches overlapped"), Arm("off", "off", "the same engine, no nano-batches")
+ANSWERS = Arm("answers", "on", "answers of that length")
+PROMPTS = Arm("prompts", "off", "control: answers of one token")
 BATCHES = (512.0, 768.0, 1024.0, 2048.0, 4096.0)
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 TIMERS = ("analytic", "operators")
@@ -87,7 +89,7 @@ def pipeline(options: Mapping[str, Any]) -> dict[str, float | None]:
 def classes(options: Mapping[str, Any]) -> dict[str, float | None]:
     """T_memory / T_compute and T_links / T_compute of a traffic: prompts of 512 and answers of `at` tokens."""
     timer = choose_timer("analytic", MODEL, DEVICE, GROUP)
-    answer = int(options["at"]) if options["arm"] == ON.name else 1
+    answer = int(options["at"]) if options["arm"] == ANSWERS.name else 1
     work, _ = step_of(timer.cost, Traffic(512, answer, BATCH))  # type: ignore[attr-defined]
     times = times_of(timer.cost, work)  # type: ignore[attr-defined]
     return {
@@ -202,7 +204,7 @@ def _gates(results: Results) -> list[Gate]:
     share = results.middle("batch", BOTH.name, "share", BATCH)
     full = [one for values in results.curve("batch", BOTH.name, "fullest").values() for one in values]
     full += [one for values in results.curve("shares", BOTH.name, "fullest").values() for one in values]
-    short, long = (results.curve("class", ON.name, name) for name in ("memory", "links"))
+    short, long = (results.curve("class", ANSWERS.name, name) for name in ("memory", "links"))
     compute = [short.get(512.0, [9.0])[0], long.get(512.0, [9.0])[0]]
     formula = optimum_per_s(FLOPS_PER_S, PARAMETERS)
     gains = [
@@ -279,7 +281,7 @@ _PIPELINES = (
                lambda case: _computed(case, link=case.at), 1, (0.2,), nature="predicted", shown=SHOWN),
     Experiment("timers", f"Timers: {', '.join(TIMERS)}", WAYS, "timer", (0.0, 1.0),
                lambda case: _computed(case, timer=TIMERS[int(case.at)]), 1, nature="predicted", shown=SHOWN),
-    Experiment("class", "What binds, prompts of 512", (ON, OFF), "answer tokens",
+    Experiment("class", "What binds, prompts of 512", (ANSWERS, PROMPTS), "answer tokens",
                (64.0, 512.0, 2048.0, 8192.0, 32768.0), _class, 1, nature="predicted",
                shown={"T_memory / T_compute": "memory", "T_links / T_compute": "links", "rows": "rows"}),
 )  # fmt: skip

@@ -127,7 +127,7 @@ def test_decodes_may_come_as_prompts_of_one_token(case: tuple[str, str, int, str
 @given(st.sampled_from([case for case in CASES if case[3] == "bf16"]), st.integers(64, 16_384))
 def test_never_faster_than_the_device_can_multiply(case: tuple[str, str, int, str, str], tokens: int) -> None:
     timer = timer_of(case)
-    macs = tokens * timer._cost.layer_macs / timer.tensor_parallel
+    macs = tokens * timer.cost.layer_macs / timer.tensor_parallel
     peak = catalog.device(case[0]).peak_flops_per_s("bf16")
     assert timer.step_ps([Prompt(tokens, 0, True)], 0, 0, 0) >= 2e12 * macs / peak
 

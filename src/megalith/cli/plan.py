@@ -42,6 +42,7 @@ _VERBS = {
     "context": "Say what long contexts cost, and the ways back to a short one.",
     "power": "Say how many servers a row's power budget carries, and what capping costs them.",
     "attention": "Say where attention on other devices or drives pays, by context.",
+    "nano": "Overlap compute, memory and links inside a device, and say how far the optimum is.",
 }
 """By name; each is the app of `megalith.cli.plan_NAME`."""
 for _name, _help in _VERBS.items():

@@ -60,7 +60,7 @@ class OperatorTimer:
         self.factor, self.clock = check_factor(speed[0]), check_clock(speed[1])
         self._dense = operators.dense_table(tables, tensor_parallel, number)
         self._attention = operators.attention_table(tables, tensor_parallel, kv)
-        self._cost = _cost(tables, tensor_parallel, number, kv)
+        self.cost = _cost(tables, tensor_parallel, number, kv)
         self._host_ps = round(self.host_ns * self.factor) * PS_PER_NS
         self._decode_scale = self.factor * memory_slowdown(self.clock)
         self._prompt_scale = self.factor / self.clock
@@ -130,8 +130,8 @@ class OperatorTimer:
     def _rows(self, rows: int) -> int:
         """All layers without attention; of a slower clock multiplying feels all, the rest little."""
         time = self._dense.rows.value(rows)
-        rates = self._cost.profile.rates
-        busy = min(1.0, rows * self._cost.layer_macs * rates.mac_ns / self.tensor_parallel / time)
+        rates = self.cost.profile.rates
+        busy = min(1.0, rows * self.cost.layer_macs * rates.mac_ns / self.tensor_parallel / time)
         return round(time * (busy * self._prompt_scale + (1.0 - busy) * self._decode_scale)) * PS_PER_NS
 
     def _prompt(self, tokens: int) -> tuple[int, int]:
@@ -177,6 +177,21 @@ class OperatorTimer:
         pairs = zip(table.decode_ns[upper - 1], table.decode_ns[upper], strict=True)
         return [round((first + (second - first) * part) * scale) for first, second in pairs]
 
+    def parts_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int) -> tuple[int, int, int]:
+        """Of a step: what depends on its rows, attention of its prompt chunks, and of its decodes (prompts of one too).
+
+        The rest of `step_ps` is the host and the head.
+        """
+        rows = decodes + sum(prompt.new_tokens for prompt in prompts)
+        single = [prompt for prompt in prompts if prompt.new_tokens == 1]
+        together, read = decodes + len(single), context_sum + sum(prompt.context_tokens for prompt in single)
+        decode = self.step_ps((), together, read, 0) - self._make_cells(together)[3] if together else 0
+        whole = self._mixed_ps(prompts, decodes, context_sum) if prompts else 0
+        outputs = decodes + sum(prompt.samples for prompt in prompts)
+        chunks = whole - self._dense_ps(rows, outputs) - decode if prompts else 0
+        self._dense_ps(rows, outputs)
+        return self._row_ps[rows], chunks, decode
+
     def scaled(self, factor: float) -> OperatorTimer:
         """See DeviceTimer."""
         return self._at(self.factor * check_factor(factor), self.clock)
@@ -187,7 +202,7 @@ class OperatorTimer:
 
     def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:
         """See DeviceTimer: the analytic model's power, for tables hold no watts."""
-        return phase_power(self._cost, self.clock, exponent)
+        return phase_power(self.cost, self.clock, exponent)
 
     def _at(self, factor: float, clock: float) -> OperatorTimer:
         return OperatorTimer(self.tables, self.tensor_parallel, self.number, self.kv, self.host_ns, (factor, clock))

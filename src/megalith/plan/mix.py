@@ -87,7 +87,7 @@ def cheapest_mix(
     without the solver.
     """
     _check(offers, loads, slices)
-    highs = _solver(deadline_ns)
+    highs = solver(deadline_ns)
     program = _program(offers, loads, slices, most_devices)
     highs.passModel(program)
     highs.run()
@@ -144,7 +144,8 @@ def check_solver() -> None:
     del highspy
 
 
-def _solver(deadline_ns: int) -> Highs:
+def solver(deadline_ns: int) -> Highs:
+    """HiGHS, silent: one thread, no gap, a fixed seed and a deadline. MachineError without it."""
     check_solver()
     import highspy
 

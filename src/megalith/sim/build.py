@@ -32,6 +32,7 @@ from megalith.cost.timer_choice import KINDS, choose_timer
 from megalith.cost.timer_distserve import distserve_for
 from megalith.cost.timer_instant import INSTANT, instant
 from megalith.cost.timer_operators import OperatorTimer
+from megalith.cost.timer_overlap import OverlapTimer
 from megalith.cost.timer_phases import DeviceTimer, PhasePower
 from megalith.cost.timer_published import published, published_timers
 from megalith.cost.timer_splitwise import TOKEN_QUERIES, SplitwiseTable, TokenQuery, splitwise_tables
@@ -163,6 +164,8 @@ class Builder:
                 _power(one.timer),
             )  # fmt: skip
         timer, timing, capacity = self._timer(pool, name)
+        if pool.overlap != "none":
+            timer, timing = _overlapped(pool, timer), f"{timing}, nano-batches overlapped (shares of a device assumed)"
         profile = self._profile(pool)
         timer, timing = self._engine(pool, profile, timer, timing)
         experts = None
@@ -293,6 +296,15 @@ class Builder:
             work=Workspace(1, 1, 1), devices=pool.tensor_parallel,
         )  # fmt: skip
         return device_block_bytes(self.spec, request)
+
+
+def _overlapped(pool: PoolSpec, timer: DeviceTimer) -> OverlapTimer:
+    if pool.pipeline_parallel > 1:
+        raise ConfigError(
+            f"Pool {pool.name!r} has {pool.pipeline_parallel} stages, whose batches nano-batches would cut again.",
+            "Use overlap with pp1, or leave it away.",
+        )
+    return OverlapTimer(timer)
 
 
 def _power(timer: DeviceTimer) -> PhasePower | None:

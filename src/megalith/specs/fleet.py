@@ -54,6 +54,8 @@ class PoolSpec(Config, kw_only=True):
     """Layers that lie in host memory, likewise."""
     timer: str | None = None
     """How its steps are timed; None: as the scenario says."""
+    overlap: Literal["none", "nanoflow"] = "none"
+    """Operators of a step side by side on each device: `nanoflow` cuts its rows into nano-batches."""
     policy: str = "splitfuse"
     """Batch policy of each instance."""
     token_budget: int = 2048

@@ -24,6 +24,7 @@ STUDIES: dict[str, str] = {
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "polca": "POLCA: more servers in one power budget, low priority slowed first, against a brake alone",
+    "nanoflow": "NanoFlow: nano-batches that overlap inside a device, against one operator after the other",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",
     "splitwise-designs": "Splitwise: prompt and token machines by rate, cost and power, against mixed machines",

@@ -40,6 +40,8 @@ MECHANISMS = (
     Mechanism("live migration", "Llumnix", setup="llumnix"),
     Mechanism("prompt and token pools", "Splitwise", setup="splitwise"),
     Mechanism("prefill and decode apart", "DistServe", setup="distserve"),
+    Mechanism("nano-batches", "NanoFlow", extra="nanoflow"),
+    Mechanism("KV lent between instances", "Infinite-LLM", extra="infinite"),
 )
 """In the order of the answer."""
 
@@ -66,7 +68,10 @@ def _asked(question: FleetQuestion, one: Mechanism) -> bool:
 
 
 def _takes(shape: Shape, one: Mechanism) -> bool:
-    return not (one.extra == "prefill-first" and shape.setup == "splitwise")  # which has a batch policy of its own
+    """Splitwise has a batch policy of its own; who lends KV has a router of its own and whole instances."""
+    if one.extra == "infinite":
+        return shape.setup == "mixed"
+    return not (one.extra == "prefill-first" and shape.setup == "splitwise")
 
 
 def _worth(one: Mechanism, choices: Sequence[Choice], passed: Sequence[Passed], nature: str) -> Contribution:

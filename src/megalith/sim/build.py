@@ -44,6 +44,7 @@ from megalith.policy.kv import KvAccount
 from megalith.policy.pipelined import PipelinedScheduler
 from megalith.policy.pooled_memory import PooledAccount, PooledScheduler
 from megalith.policy.scheduler import Limits, Scheduler
+from megalith.sim.combinations import check_together
 from megalith.sim.expert_memory import check_experts, divide
 from megalith.sim.expert_weights import ExpertShape
 from megalith.sim.record import Recorder, Sink
@@ -106,6 +107,8 @@ class Builder:
     def lend_kv(self, share: float) -> None:
         """Instances lend each other KV memory while at most this share of theirs is in use."""
         self._lent_share = share
+        for pool in self.scenario.fleet.pools:
+            check_together(pool, lends=True)
 
     @property
     def max_context(self) -> int:
@@ -153,6 +156,7 @@ class Builder:
         return Recorder(scenario.slo, alone(timer), sink=sink)
 
     def _kind(self, pool: PoolSpec) -> Kind:
+        check_together(pool)
         name = pool.timer or self.scenario.timer
         if pool.attention is not None:
             from megalith.sim.elsewhere import elsewhere

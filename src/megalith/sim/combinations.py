@@ -26,7 +26,7 @@ def check_together(pool: PoolSpec, *, lends: bool = False) -> None:
     used = {
         "attention": pool.attention is not None,
         "experts": pool.experts is not None,
-        "overlap": getattr(pool, "overlap", "none") != "none",
+        "overlap": pool.overlap != "none",
         "padding": pool.padding,
         "borrowed layers": bool(pool.peer_layers or pool.host_layers),
         "lent KV": lends,

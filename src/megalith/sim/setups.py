@@ -55,6 +55,12 @@ SETUPS: Mapping[str, Setup] = {
         PolicySpec(name="freeness"),
         (PolicySpec(name="rebalance"),),
     ),
+    "nanoflow": Setup(
+        "compute, memory and links of a device side by side, in nano-batches; on top of another set-up",
+        "NanoFlow, OSDI 2025",
+        None,
+        pools={"overlap": "nanoflow"},
+    ),
     "infinite": Setup(
         "instances lend each other KV memory; one request's KV on several of them",
         "Infinite-LLM, arXiv:2401.02669",

@@ -8,13 +8,18 @@ or the most that they could save. Knows choices and loads; must not simulate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import msgspec
 
+from megalith.base.errors import MegalithError
+from megalith.plan.attention import AttentionQuestion, plan_attention
 from megalith.plan.fleet_answer import Choice, Contribution, Passed
+from megalith.plan.fleet_bounds import limits
 from megalith.plan.fleet_load import Load
 from megalith.plan.fleet_question import FleetQuestion, Shape
+from megalith.specs import catalog
 
 WORTH = 0.005
 """Savings below that share are none."""
@@ -60,7 +65,7 @@ def contributions(
 ) -> list[Contribution]:
     """One for each mechanism, in the order of MECHANISMS; then those that could not be tried here."""
     found = [_worth(one, choices, passed, nature) for one in MECHANISMS if _asked(question, one)]
-    return [*found, _scaling(load), *_elsewhere(question)]
+    return [*found, _attention(question, load, choices[0].shape), _scaling(load), *_elsewhere(question)]
 
 
 def _asked(question: FleetQuestion, one: Mechanism) -> bool:
@@ -123,24 +128,55 @@ def _scaling(load: Load) -> Contribution:
     return _made(**common, state="pays" if most > WORTH else "does not pay", saves=most, why=why)
 
 
+def _attention(question: FleetQuestion, load: Load, best: Shape) -> Contribution:
+    """Decode with attention on another of the offered devices, at the mean context of the load; by arithmetic."""
+    common = {"mechanism": "attention on other devices", "source": "Lamina, InstInfer", "nature": "predicted"}
+    others = [device for device in dict.fromkeys(question.devices) if device != best.device]
+    if not others:
+        return _made(**common, state="does not apply", why="one kind of device is offered: name several with --device")
+    tpot_ns = limits(question.slo).tpot[0]
+    rows = []
+    for other in others:
+        asked = AttentionQuestion(
+            spec=catalog.model(question.model), device=best.device, attention_device=other,
+            contexts=(max(1, round(load.mean_context)),), tensor_parallel=question.tensor_parallel,
+            weight_format=question.weight_format, kv_format=question.kv_format,
+            tpot_ms=None if tpot_ns == inf else tpot_ns / 1e6,
+        )  # fmt: skip
+        try:
+            rows += [row for row in plan_attention(asked).rows if row.gain is not None]
+        except MegalithError as error:
+            return _made(**common, state="does not pay", why=error.what)
+    if not rows:
+        why = f"nothing with {' or '.join(others)} beside {best.device} fits, is in time and has a price"
+        return _made(**common, state="does not pay", why=why)
+    row = max(rows, key=lambda row: row.gain or 0.0)
+    gain, name = row.gain or 0.0, "" if row.mixed is None else row.mixed.name
+    why = f"{name}: {gain:.2f} times the decode tokens for a dollar of either device alone (`megalith plan attention`)"
+    return _made(**common, state="pays" if gain > 1 + WORTH else "does not pay", saves=1 - 1 / gain, why=why)
+
+
 def _elsewhere(question: FleetQuestion) -> list[Contribution]:
-    one_model = "one model is served: there is nothing to switch, share or stitch"
-    return [
-        _made(
-            mechanism="composition of experts, shared blocks", source="SN40L, BlockLLM", nature="predicted",
-            state="does not apply", why=one_model,
-        ),
-        *(
-            []
-            if len(set(question.devices)) > 1
-            else [
-                _made(
-                    mechanism="mix of devices", source="Mélange", nature="predicted", state="does not apply",
-                    why="one device is offered: name several with --device",
-                )
-            ]
-        ),
+    """Mechanisms that this question says nothing for, and what would have to be asked."""
+    common = {"nature": "predicted", "state": "does not apply"}
+    found = [
+        {
+            "mechanism": "composition of experts, shared blocks", "source": "SN40L, BlockLLM",
+            "why": "one model is served: there is nothing to switch or share (`megalith plan coe` asks for many)",
+        },
+        {
+            "mechanism": "more servers under one power budget", "source": "POLCA", "state": "not asked",
+            "why": "no row and no budget is given: `megalith plan power --headroom` asks how many it carries",
+        },
+        {
+            "mechanism": "non-blocking pipeline", "source": "EnergonAI",
+            "why": "no pipelines are searched: every degree offered is tensor parallel",
+        },
     ]  # fmt: skip
+    if len(set(question.devices)) < 2:
+        why = "one kind of device is offered: name several with --device"
+        found.append({"mechanism": "mix of devices", "source": "Mélange", "why": why})
+    return [_made(**(common | one)) for one in found]
 
 
 def _less(shape: Shape, extra: str) -> tuple[str, ...]:

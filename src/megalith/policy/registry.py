@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError
-from megalith.policy import autoscale, capping, freeness, pools, router_options, routing
+from megalith.policy import autoscale, capping, freeness, pools, posterior, router_options, routing
 from megalith.policy.cluster import Controller, Router
 from megalith.specs.fleet import PolicySpec
 
@@ -120,6 +120,18 @@ CONTROLLERS: dict[str, Entry[Controller]] = {
         autoscale.ThresholdScalingOptions,
         "start above and stop below a utilisation or queue, with cool-downs",
         "-",
+    ),
+    "target-scaling": Entry(
+        posterior.TargetScaling,
+        posterior.TargetScalingOptions,
+        "as many as bring a figure to its target, fewer after a while",
+        "HorizontalPodAutoscaler of Kubernetes",
+    ),
+    "posterior-scaling": Entry(
+        posterior.PosteriorScaling,
+        posterior.PosteriorScalingOptions,
+        "fewest that a posterior of the load allows, as far ahead as a start takes",
+        "HARMONY",
     ),
     "polca": Entry(
         capping.Polca,

@@ -15,6 +15,7 @@ STUDIES: dict[str, str] = {
     "genz": "GenZ: what a platform must have for a use case, by a roofline of operators, against one roof alone",
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
+    "harmony": "HARMONY: a fleet sized under a learned posterior of the load, against rules that react to it",
     "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",

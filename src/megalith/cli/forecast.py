@@ -1,10 +1,10 @@
-"""`megalith forecast`: learn the distribution of a load from a CSV, say how good it is, and hand it to the simulator."""
+"""`megalith forecast`: learn the distribution of a load, say how good it is, and hand it to the simulator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from cyclopts import App, Parameter
 
@@ -105,7 +105,9 @@ def forecast(load: str, /, learn: Learn | None = None, write: Write | None = Non
 
         lengths = parse_lengths(write.input), parse_lengths(write.output)
         requests = write_workload(write.workload, series, rows, write.scale, lengths)
-        written["workload"] = f"{write.workload}: {requests:,} requests in {len(rows) * series.step_s / 86_400:.1f} days"
+        written["workload"] = (
+            f"{write.workload}: {requests:,} requests in {len(rows) * series.step_s / 86_400:.1f} days"
+        )
     course = forecaster.course
     facts = {
         "load": load, "steps": len(series), "step_s": series.step_s, "indicators": list(series.names),
@@ -114,7 +116,7 @@ def forecast(load: str, /, learn: Learn | None = None, write: Write | None = Non
     }  # fmt: skip
     if not json:
         console = result_console()
-        console.print(f"{load}: {len(series):,} steps of {series.step_s:g} s, {len(series.names)} columns; stopped after "
+        console.print(f"{load}: {len(series):,} steps of {series.step_s:g} s, {len(series.names)} columns; ended after "
                       f"epoch {len(course.valid_nats)}, kept {course.best_epoch}", soft_wrap=True)  # fmt: skip
         for name, text in written.items():
             console.print(f"{name}: {text}", soft_wrap=True)

@@ -9,6 +9,7 @@ how the samples came about.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from math import ceil
@@ -37,7 +38,7 @@ class PosteriorScalingOptions(ScalingOptions):
     """File of the posterior, as `megalith forecast --posterior` writes it."""
     capacity_per_s: float | tuple[float, ...] = 1.0
     """Load (requests a second, in the posterior's unit) that instances carry within the service level: of one instance,
-    each alike; or, measured, of 1, 2, 3, ... of them together. Beyond the list each more carries as much as the last."""
+    each alike; or, measured, of 1, 2, 3, ... of them together. Beyond the list each adds as much as the last."""
     by: Literal["quantile", "cost"] = "quantile"
     """quantile: fewest instances with P(load > capacity) <= eps. cost: least cost and expected loss together."""
     eps: float = 0.05
@@ -61,7 +62,7 @@ class PosteriorScalingOptions(ScalingOptions):
         require(self.start_s >= 0 and self.offset_s >= 0, "start_s and offset_s must be at least 0")
         given = self.capacity_per_s
         steps = given if isinstance(given, tuple) else (given,)
-        rising = all(after > before for before, after in zip(steps, steps[1:], strict=False))
+        rising = all(after > before for before, after in itertools.pairwise(steps))
         require(len(steps) > 0 and steps[0] > 0 and rising, "capacity_per_s must be above 0 and rise with instances")
 
 
@@ -127,9 +128,7 @@ class PosteriorScaling(Scaler):
 
     name = "posterior-scaling"
 
-    def __init__(
-        self, options: PosteriorScalingOptions, seed: int = 0, estimator: LoadSamples | None = None
-    ) -> None:
+    def __init__(self, options: PosteriorScalingOptions, seed: int = 0, estimator: LoadSamples | None = None) -> None:
         """`estimator`: samples of one's own instead of the file. Raises ConfigError when neither can be had."""
         super().__init__(options, seed)
         self._rule = options

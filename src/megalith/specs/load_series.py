@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,7 +53,8 @@ class LoadSeries:
 
     def times_s(self) -> Values:
         """(steps,), seconds since 1970."""
-        return self.start_s + self.step_s * np.arange(len(self))
+        times: Values = self.start_s + self.step_s * np.arange(len(self), dtype=np.float64)
+        return times
 
 
 def read_load_series(path: Path, target: str = "load") -> LoadSeries:
@@ -100,7 +102,9 @@ def _columns(rows: Iterator[list[str]], header: Sequence[str], path: Path) -> tu
         if not row:
             continue
         if len(row) != len(header):
-            raise ConfigError(f"Line {line} of {path} has {len(row)} cells, the header {len(header)}.", "Mend the line.")
+            raise ConfigError(
+                f"Line {line} of {path} has {len(row)} cells, the header {len(header)}.", "Mend the line."
+            )
         times.append(_time(row[0], line, path))
         for name, cell in zip(header[1:], row[1:], strict=True):
             cells.append(_number(cell, name, line, path))
@@ -134,7 +138,7 @@ def _number(text: str, name: str, line: int, path: Path) -> float:
 
 def _step(times: Sequence[float], path: Path) -> float:
     step_s = times[1] - times[0]
-    for number, (before, after) in enumerate(zip(times, times[1:], strict=False), 3):
+    for number, (before, after) in enumerate(itertools.pairwise(times), 3):
         if step_s <= 0 or abs(after - before - step_s) > 0.01 * step_s:
             what = f"Line {number} of {path} comes {after - before:g} s after the one before it, the first step is "
             raise ConfigError(f"{what}{step_s:g} s.", "Forecasts need equal steps: fill the gap or cut the file there.")

@@ -41,7 +41,9 @@ class Posterior:
     def __post_init__(self) -> None:
         sizes = self.rows, self.count, self.horizon
         if min(sizes) < 1 or self.step_s <= 0 or len(self.values) != self.rows * self.count * self.horizon:
-            what = f"A posterior of {self.rows} rows of {self.count} samples of {self.horizon} steps of {self.step_s:g} s"
+            what = (
+                f"A posterior of {self.rows} rows of {self.count} samples of {self.horizon} steps of {self.step_s:g} s"
+            )
             raise ConfigError(f"{what} does not go with {len(self.values):,} values.", _HINT)
 
     def peaks(self, from_s: float, until_s: float) -> list[float]:
@@ -64,8 +66,7 @@ class Posterior:
         horizon, values = self.horizon, self.values
         start = row * self.count * horizon
         return [
-            max(values[place + first : place + last])
-            for place in range(start, start + self.count * horizon, horizon)
+            max(values[place + first : place + last]) for place in range(start, start + self.count * horizon, horizon)
         ]
 
     @property

@@ -8,6 +8,7 @@ the control, in which there is nothing to forecast.
 
 from __future__ import annotations
 
+import itertools
 from math import log10
 from statistics import mean
 
@@ -96,7 +97,7 @@ def hours_at(results: Results, experiment: str, arm: str, seed: int, violation: 
     for hours, missed in points:  # a setting that costs more and misses more is nobody's choice
         if not best or missed < best[-1][1]:
             best.append((hours, missed))
-    for (low, worse), (high, better) in zip(best, best[1:], strict=False):
+    for (low, worse), (high, better) in itertools.pairwise(best):
         if better <= violation <= worse:
             share = (log10(worse) - log10(violation)) / (log10(worse) - log10(better))
             return low + share * (high - low)
@@ -283,8 +284,8 @@ STUDY = Study(
         "Load comes in bursts, instances take minutes to start, and a point forecast does not say how wrong it may be.",
         "HARMONY encodes the window of each indicator, attends from traffic down to resources, and gives the load a",
         "distribution through a normalising flow. The fleet is the smallest that the samples allow: cost and expected",
-        "loss together, not the forecast's mean. Here the flow is trained by likelihood, which the released code is not.",
-        "Controls: rules that react; the same network without a flow; white noise, in which there is nothing to forecast.",
+        "loss together, not the forecast's mean. Here the flow is trained by likelihood; the released one is not.",
+        "Controls: rules that react; the same network without a flow; white noise, where nothing can be forecast.",
     ),
     reference="Luo et al., Adaptive Two-Stage Cloud Resource Scaling, arXiv:2408.01000, with its released forecaster",
     claims=_claims(_RUN),

@@ -35,7 +35,7 @@ FISHER_LEVELS = {
     "container_memory_hierarchical_memory_limit": 2, "container_memory_rss": 2, "container_network_tcp_TimeWait": 2,
     "cpu.busy": 3, "mem.memused": 2, "net.if.in.bytes": 2, "load": 3,
 }  # fmt: skip
-"""Those of the released level.npy, which has 15 entries: the ten indicators, the load, and four calendar columns at 1."""
+"""Those of the released level.npy, which has 15 entries: ten indicators, the load, four calendar columns at 1."""
 MONTH_STEPS, HISTORY_STEPS = 1440, 3360
 """Half hours: 30 days that report, after 60 days to train on and 10 to stop by."""
 _TRAINED = 0.6
@@ -82,7 +82,9 @@ def options_of(source: str, head: str, seed: int, fast: bool) -> ForecastOptions
     net = NetOptions(flows=flows) if real else NetOptions(flows=flows, width=64, inner=128, flow_width=32)
     split = SplitOptions(window=WINDOW, horizon=HORIZON)
     if not real:
-        split = SplitOptions(window=48 if fast else WINDOW, horizon=HORIZON, train_share=_TRAINED, valid_share=_valid(fast))
+        split = SplitOptions(
+            window=48 if fast else WINDOW, horizon=HORIZON, train_share=_TRAINED, valid_share=_valid(fast)
+        )
     return ForecastOptions(
         split=split, net=net, levels=FISHER_LEVELS if real else LEVELS, rate=3e-4 if real else 1e-3,
         stride=2 if real else 1, most_epochs=4 if fast else 12, patience=3, seed=seed,

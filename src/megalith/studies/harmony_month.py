@@ -63,14 +63,17 @@ def scenario(arm: str, load: str, at: int, seed: int, fast: bool) -> Scenario:
     first = int(knob) if fixed else max(2, round(counts[0] / 8))
     return Scenario(
         model=MODEL, seed=seed, sample_s=0, slo=parse_slo(f"ttft={WAIT}"),
-        fleet=FleetSpec(pools=(_pool(first, None if fixed else MOST),), controllers=() if fixed else (_rule(arm, knob),)),
+        fleet=FleetSpec(
+            pools=(_pool(first, None if fixed else MOST),), controllers=() if fixed else (_rule(arm, knob),)
+        ),
         workload=_load(CountedArrivals(step_s=series.step_s, counts=counts), f"synthetic, {load}"),
     )  # fmt: skip
 
 
 def _pool(count: int, most: int | None) -> PoolSpec:
     return PoolSpec(
-        name="all", device=DEVICE, count=count, max_count=most, start_s=START_S, max_sequences=SLOTS, prefix_cache=False,
+        name="all", device=DEVICE, count=count, max_count=most, start_s=START_S, max_sequences=SLOTS,
+        prefix_cache=False,
     )  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def _rule(arm: str, knob: float) -> PolicySpec:
 
 
 def measure(point: Point) -> PointResult:
-    """Run it, with what was trained and measured here filled in; violation and GPU-hours beside a plain run's figures."""
+    """Run it, with what was trained and measured here filled in; violation and GPU-hours beside the plain figures."""
     options: dict[str, float | str] = getattr(point, "options", {})
     fast = bool(options["fast"])
     chosen = _filled(point.scenario, str(options["arm"]), str(options["load"]), int(options["seed"]), fast)

@@ -93,8 +93,10 @@ class Forecaster:
                 seen, mean, std = windows.seen(np.array(rows[first : first + _ROWS_AT_ONCE], dtype=np.float64))
                 drawn = self.net.sample(torch.from_numpy(seen).float(), count, dice).double().numpy()
                 found.append(drawn * std[:, None] + mean[:, None])
-        loads = np.concatenate(found) * self.scale.span[self.target] + self.scale.low[self.target]
-        return np.maximum(loads, 0.0) if self.scale.low[self.target] >= 0 else loads
+        loads: Values = np.concatenate(found) * self.scale.span[self.target] + self.scale.low[self.target]
+        if self.scale.low[self.target] >= 0:
+            loads = np.maximum(loads, 0.0)
+        return loads
 
     def _check(self, series: LoadSeries, rows: range) -> None:
         if series.names != self.names or series.target != self.target:

@@ -79,9 +79,10 @@ class LevelAttention(nn.Module):
         return mixed
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        split = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        split = [part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in (query, key, value)]
         scores = self.drop(torch.softmax(split[0] @ split[1].transpose(-1, -2) / math.sqrt(split[0].shape[-1]), -1))
-        return (scores @ split[2]).transpose(1, 2).flatten(-2)
+        mixed: Tensor = (scores @ split[2]).transpose(1, 2).flatten(-2)
+        return mixed
 
 
 class Layer(nn.Module):

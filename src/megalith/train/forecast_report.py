@@ -85,5 +85,7 @@ def write_workload(path: Path, series: LoadSeries, rows: range, scale: float, le
 
 def _inline(fields: dict[str, object]) -> str:
     """An inline TOML table of plain values."""
-    cells = (f"{key} = {value!r}" if not isinstance(value, str) else f'{key} = "{value}"' for key, value in fields.items())
+    cells = (
+        f"{key} = {value!r}" if not isinstance(value, str) else f'{key} = "{value}"' for key, value in fields.items()
+    )
     return "{ " + ", ".join(cells) + " }"

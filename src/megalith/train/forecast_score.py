@@ -35,7 +35,7 @@ def crps(samples: Values, came: Values) -> Values:
     the estimate does not depend on their number on average (the fair CRPS: Ferro, 2014). One sample: |x - y|.
     """
     count = samples.shape[1]
-    near = np.abs(samples - came[:, None]).mean(axis=1)
+    near: Values = np.abs(samples - came[:, None]).mean(axis=1)
     if count == 1:
         return near
     ordered = np.sort(samples, axis=1)

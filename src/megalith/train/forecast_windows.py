@@ -37,8 +37,10 @@ class SplitOptions(Config):
         if not 2 <= self.window <= 100_000 or not 2 <= self.horizon <= 1000:
             what = f"A window of {self.window} steps and a horizon of {self.horizon} cannot be."
             raise ConfigError(what, "Give at least 2 of each, such as 144 and 4.")
-        if not (0 < self.train_share and 0 < self.valid_share and self.train_share + self.valid_share < 1):
-            what = f"Shares of {self.train_share:g} to train and {self.valid_share:g} to choose leave nothing to report."
+        if not (self.train_share > 0 and self.valid_share > 0 and self.train_share + self.valid_share < 1):
+            what = (
+                f"Shares of {self.train_share:g} to train and {self.valid_share:g} to choose leave nothing to report."
+            )
             raise ConfigError(what, "Give two shares above 0 that make less than 1, such as 0.7 and 0.1.")
 
 

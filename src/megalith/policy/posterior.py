@@ -34,7 +34,7 @@ class LoadSamples(Protocol):
 class PosteriorScalingOptions(ScalingOptions):
     """Which posterior, what an instance carries, and what a breach costs."""
 
-    path: str = ""
+    path: str | None = None
     """File of the posterior, as `megalith forecast --posterior` writes it."""
     capacity_per_s: float | tuple[float, ...] = 1.0
     """Load (requests a second, in the posterior's unit) that instances carry within the service level: of one instance,
@@ -129,15 +129,10 @@ class PosteriorScaling(Scaler):
     name = "posterior-scaling"
 
     def __init__(self, options: PosteriorScalingOptions, seed: int = 0, estimator: LoadSamples | None = None) -> None:
-        """`estimator`: samples of one's own instead of the file. Raises ConfigError when neither can be had."""
+        """`estimator`: samples of one's own instead of the file. Raises ConfigError for a file that cannot be read."""
         super().__init__(options, seed)
         self._rule = options
-        if estimator is None:
-            if not options.path:
-                raise ConfigError(
-                    "posterior-scaling needs a posterior of the load.",
-                    "Give path=FILE, as `megalith forecast LOAD.csv --posterior FILE` writes it.",
-                )
+        if estimator is None and options.path is not None:
             estimator = read_posterior(options.path)
         self._samples = estimator
         self._capacity = Capacity(options.capacity_per_s)
@@ -150,10 +145,15 @@ class PosteriorScaling(Scaler):
         return super().act(event, view)
 
     def wanted(self, now_s: float) -> int:
-        """Instances that the load calls for at a time of the posterior. Raises ConfigError beyond its end."""
+        """Instances that the load calls for at a time of the posterior. Raises ConfigError beyond its end, or without one."""
         rule = self._rule
         if self._asked is not None and self._asked[0] == now_s:
             return self._asked[1]
+        if self._samples is None:
+            raise ConfigError(
+                "posterior-scaling needs a posterior of the load.",
+                "Give path=FILE, as `megalith forecast LOAD.csv --posterior FILE` writes it.",
+            )
         loads = self._samples.peaks(now_s, now_s + rule.start_s + rule.period_s)
         if rule.point:
             loads = [sum(loads) / len(loads)]

@@ -236,7 +236,7 @@ class _Training:
             return
         arrays = {**_weights(self.net), **{f"best.{name}": value for name, value in self._best.items()}}
         for number, state in self.optimizer.state_dict()["state"].items():
-            arrays |= {f"adam.{number}.{name}": np.array(value) for name, value in state.items()}
+            arrays |= {f"adam.{number}.{name}": value.numpy().copy() for name, value in state.items()}
         meta = {"identity": identity, "train_nats": self.course.train_nats, "valid_nats": self.course.valid_nats}
         write_arrays(path, "training", meta, arrays)
 

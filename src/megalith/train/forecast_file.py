@@ -38,7 +38,7 @@ def write_arrays(path: Path, kind: str, meta: dict[str, Any], arrays: dict[str, 
 def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Values]]:
     """(what they are, arrays). Raises ModelNotFound, or ModelFormatError for a damaged file or another kind."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
             head = msgspec.json.decode(arrays.pop("head").tobytes())
     except FileNotFoundError:

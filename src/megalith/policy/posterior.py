@@ -145,7 +145,7 @@ class PosteriorScaling(Scaler):
         return super().act(event, view)
 
     def wanted(self, now_s: float) -> int:
-        """Instances that the load calls for at a time of the posterior. Raises ConfigError beyond its end, or without one."""
+        """Instances that the load calls for at a time of the posterior. ConfigError beyond its end, or without one."""
         rule = self._rule
         if self._asked is not None and self._asked[0] == now_s:
             return self._asked[1]

@@ -51,9 +51,10 @@ HEADS = (
     Arm("season-errors", "baseline", "a day ago with its errors"),
 )
 SETTINGS = tuple(float(place) for place in range(len(KNOBS["harmony"])))
-EQUAL = (0.05, 0.02, 0.01, 0.005)
-JUDGED = 0.01
-"""Share of the requests that miss the service level, at which rules are compared."""
+EQUAL = (0.05, 0.03, 0.02, 0.01)
+JUDGED = 0.02
+"""Share of the requests that miss the service level, at which rules are compared: one that all of them reach within
+their settings (rules that react stay above 1 %, as an instance takes ten minutes to start)."""
 _LEAST = 1e-5
 
 
@@ -295,7 +296,7 @@ STUDY = Study(
         "The load of the month is synthetic: days, weeks, drift and bursts that Megalith draws, of which traffic shows "
         "60 % a step earlier. That warning is an assumption in favour of a forecaster with several indicators.",
         "The publication reports hours and money saved in one deployment and no ratio; here every rule is swept over "
-        "its knob and read where 1 % of the requests miss the service level. A gain of 5 % counts.",
+        "its knob and read where 2 % of the requests miss the service level. A gain of 5 % counts.",
         "The released code minimises the squared error of one transformed mean and scores a Gaussian that was never "
         "trained. Here the likelihood goes through the inverse of the flow, and every sample through the flow.",
         "A flow of coupling layers needs two dimensions. The release couples the eleven indicators at one step; here "

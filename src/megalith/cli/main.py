@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "simulate": "Run a simulated cluster on a trace, under any policy.",
     "reproduce": "Reproduce a published system's claim, with its mechanism on and off.",
     "sweep": "Simulate fleets, policies, rates and seeds on all cores.",
+    "forecast": "Learn the distribution of a load, and what a fleet may be sized by.",
     "probe": "Measure this machine and store its profile.",
     "models": "List the models that are here and those that are known.",
     "doctor": "Say what this machine has and what is wrong.",

@@ -22,6 +22,7 @@ from megalith.policy import (
     freeness,
     pooled_kv,
     pools,
+    posterior,
     router_options,
     routing,
 )
@@ -148,6 +149,18 @@ CONTROLLERS: dict[str, Entry[Controller]] = {
         autoscale.ThresholdScalingOptions,
         "start above and stop below a utilisation or queue, with cool-downs",
         "-",
+    ),
+    "target-scaling": Entry(
+        posterior.TargetScaling,
+        posterior.TargetScalingOptions,
+        "as many as bring a figure to its target, fewer after a while",
+        "HorizontalPodAutoscaler of Kubernetes",
+    ),
+    "posterior-scaling": Entry(
+        posterior.PosteriorScaling,
+        posterior.PosteriorScalingOptions,
+        "fewest that a posterior of the load allows, as far ahead as a start takes",
+        "HARMONY",
     ),
     "polca": Entry(
         capping.Polca,

@@ -20,7 +20,7 @@ from megalith.sim.pooled_steps import CoupledSteps, QueryShape
 from megalith.specs.fleet import FleetSpec
 from megalith.specs.model import ModelSpec
 
-SCALING = ("freeness-scaling", "threshold-scaling")
+SCALING = ("freeness-scaling", "threshold-scaling", "target-scaling", "posterior-scaling")
 PROBE_DECODES, PROBE_TOKENS = 65, 65_536
 """Where a timer is asked for the slopes of its steps."""
 

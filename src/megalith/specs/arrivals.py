@@ -113,6 +113,39 @@ class OnOffArrivals(Config, tag_field="kind", tag="onoff"):
         )
 
 
+class CountedArrivals(Config, tag_field="kind", tag="counted"):
+    """So many requests in each step of `step_s` seconds, at independent uniform times within it: a recorded or forecast
+    load, played. It ends with its last step."""
+
+    step_s: float
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 1e-3 <= self.step_s <= 1e9 or not any(self.counts) or min(self.counts) < 0:
+            what = f"{len(self.counts)} steps of {self.step_s:g} s with {sum(self.counts)} requests cannot be played."
+            raise ConfigError(what, "Give counts from 0, one above 0, and a step of 0.001 s to 1e9 s.")
+
+    @property
+    def rate_per_s(self) -> float:
+        """Mean over all steps."""
+        return sum(self.counts) / (len(self.counts) * self.step_s)
+
+    def times_ns(self, seed: int, first: int, count: int, after_ns: int) -> Ints:  # noqa: ARG002 (see Arrivals)
+        """When requests number `first` to `first` + `count` - 1 come; fewer where the counts end."""
+        ends = np.cumsum(np.array(self.counts, dtype=np.int64))
+        last = min(first + count, int(ends[-1]))
+        if first >= last:
+            return np.zeros(0, dtype=np.int64)
+        steps = np.searchsorted(ends, [first, last - 1], side="right")
+        found = []
+        for step in range(int(steps[0]), int(steps[1]) + 1):
+            number = self.counts[step]
+            within = np.sort(draws.shares(seed, int(ends[step]) - number, number))  # by number: cuts change nothing
+            found.append(np.rint((step + within) * (self.step_s * NS_PER_S)).astype(np.int64))
+        skipped = first - (int(ends[steps[0]]) - self.counts[int(steps[0])])
+        return np.concatenate(found)[skipped : skipped + last - first]
+
+
 class ClosedLoop(Config, tag_field="kind", tag="closed"):
     """`clients` that each wait for their answer, think for `think_s`, and ask again. Nothing has a due time: whoever
     runs the workload hands the next request to the client that is free."""
@@ -126,16 +159,18 @@ class ClosedLoop(Config, tag_field="kind", tag="closed"):
             raise ConfigError(what, "Give at least 1 client and a think time from 0 s.")
 
 
-OpenArrivals: TypeAlias = SteadyArrivals | PoissonArrivals | GammaArrivals | OnOffArrivals
+OpenArrivals: TypeAlias = SteadyArrivals | PoissonArrivals | GammaArrivals | OnOffArrivals | CountedArrivals
 Arrivals: TypeAlias = OpenArrivals | ClosedLoop
 
 
 def arrival_times(arrivals: OpenArrivals, seed: int, chunk: int = 1024) -> Iterator[int]:
-    """All due times, without end, in order."""
+    """All due times in order; without end, but for counted ones."""
     first = after_ns = 0
     while True:
         times = arrivals.times_ns(seed, first, chunk, after_ns).tolist()
         yield from times
+        if not times:
+            return
         first, after_ns = first + chunk, times[-1]
 
 
@@ -144,6 +179,10 @@ def arrivals_at(arrivals: OpenArrivals, rate_per_s: float) -> OpenArrivals:
     if isinstance(arrivals, OnOffArrivals):
         factor = arrivals.rate_per_s / rate_per_s if rate_per_s > 0 else 1.0
         return OnOffArrivals(rate_per_s=rate_per_s, on_s=arrivals.on_s * factor, off_s=arrivals.off_s * factor)
+    if isinstance(arrivals, CountedArrivals):
+        _require_rate(rate_per_s)
+        ends = np.cumsum(np.array([0, *arrivals.counts])) * (rate_per_s / arrivals.rate_per_s)
+        return CountedArrivals(step_s=arrivals.step_s, counts=tuple(np.diff(np.rint(ends).astype(np.int64)).tolist()))
     return msgspec.structs.replace(arrivals, rate_per_s=rate_per_s)
 
 

@@ -52,7 +52,9 @@ def replayed(spec: WorkloadSpec, source: TraceSource, seed: int) -> Iterator[Req
         seen += 1
         if prompt + answer > most_total:
             continue
-        at_ns = recorded_ns if times is None else next(times)
+        at_ns = recorded_ns if times is None else next(times, -1)
+        if at_ns == -1:
+            break  # counted arrivals have ended
         if at_ns is not None:
             if speedup != 1:
                 at_ns = round(at_ns / speedup)

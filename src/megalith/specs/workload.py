@@ -20,7 +20,7 @@ from megalith.base.errors import ConfigError
 from megalith.base.random import splitmix64
 from megalith.base.units import NS_PER_S
 from megalith.specs import draws
-from megalith.specs.arrivals import Arrivals, ClosedLoop
+from megalith.specs.arrivals import Arrivals, ClosedLoop, CountedArrivals
 from megalith.specs.conversations import Conversations, Sessions
 from megalith.specs.draws import Ints
 from megalith.specs.expert_mix import ExpertMix, with_experts
@@ -112,7 +112,8 @@ class WorkloadSpec(Config, kw_only=True):
         """Nothing bounds the number of requests."""
         bounded_by_trace = self.trace is not None and (self.trace.resample == "none" or self.arrivals is None)
         timed = self.duration_s is not None and not isinstance(self.arrivals, ClosedLoop)
-        return self.requests is None and not timed and not bounded_by_trace
+        counted = isinstance(self.arrivals, CountedArrivals)
+        return self.requests is None and not (timed or counted or bounded_by_trace)
 
 
 def _check_source(spec: WorkloadSpec) -> None:

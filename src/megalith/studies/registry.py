@@ -12,22 +12,23 @@ if TYPE_CHECKING:
     from megalith.studies.study import Study
 
 STUDIES: dict[str, str] = {
-    "energonai": "EnergonAI: packed batches, a pipeline that does not block, layers on a peer; each against itself off",
     "genz": "GenZ: what a platform must have for a use case, by a roofline of operators, against one roof alone",
     "long-context": "Long contexts: four costs of KV at 50K against 4K, with KV held small as the control",
     "fastgen": "DeepSpeed-FastGen: prompts cut to fill every pass, against whole prompts first",
-    "infinite-llm": "Infinite-LLM: one request's KV on several instances, against instances that are each alone",
-    "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
     "distserve": "DistServe: prefill and decode on devices of their own, by goodput, against devices that do both",
-    "instinfer": "InstInfer: decode attention inside the drives that hold KV, against KV over the host's path",
-    "lamina": "Lamina: attention on cheaper devices with much memory, against one kind and against attention at home",
+    "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
+    "splitwise-designs": "Splitwise: prompt and token machines by rate, cost and power, against mixed machines",
+    "llumnix": "Llumnix: running requests moved live between instances, against dispatch by the same figure alone",
+    "infinite-llm": "Infinite-LLM: one request's KV on several instances, against instances that are each alone",
     "melange": "Mélange: the cheapest mix of GPU types by an integer program, against the best single type",
-    "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
+    "harmony": "HARMONY: a fleet sized under a learned posterior of the load, against rules that react to it",
     "polca": "POLCA: more servers in one power budget, low priority slowed first, against a brake alone",
     "nanoflow": "NanoFlow: nano-batches that overlap inside a device, against one operator after the other",
-    "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
+    "lamina": "Lamina: attention on cheaper devices with much memory, against one kind and against attention at home",
+    "instinfer": "InstInfer: decode attention inside the drives that hold KV, against KV over the host's path",
+    "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
+    "energonai": "EnergonAI: packed batches, a pipeline that does not block, layers on a peer; each against itself off",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",
-    "splitwise-designs": "Splitwise: prompt and token machines by rate, cost and power, against mixed machines",
 }
 """By name, in the order of `--all`; the module of that name (`_` for `-`) in this package has it as STUDY."""
 

@@ -18,6 +18,7 @@ from megalith.base.random import uniform
 from megalith.base.units import NS_PER_S
 from megalith.cost.timer import PS_PER_NS
 from megalith.policy import blocks as decide
+from megalith.policy.block_paths import StopFacts, path, path_ns
 from megalith.policy.blocks import HopFacts, QueueFacts
 from megalith.policy.facts import Request
 from megalith.sim.block_fleet import BlockFleet
@@ -52,6 +53,7 @@ class BlockRun:
         self._shapes = open_workload(scenario.workload, scenario.seed)
         self._ended = self._rows = self._steps = self._trials = 0
         self._flops = 0.0
+        self._lengths = decide.Lengths()
         self._last_arrival: tuple[int, int, float] = (0, 0, 0.0)
         """(time, busy picoseconds, FLOPs) as the last request came."""
         self._first_ns = -1
@@ -102,52 +104,40 @@ class BlockRun:
 
     def _settle(self, row: Row) -> bool:
         """An instance for every hop, with room for its KV; otherwise none, and more are started where one lacked."""
-        owners: list[Instance] = []
+        places: list[list[Instance]] = []
         waiting = len(self.waiting[row.application])
-        taken: Counter[int] = Counter()
-        missing = None
-        for number in self.fleet.zoo.chains[row.application]:
-            unit = self.fleet.zoo.units[number]
-            options = self.fleet.instances[number]
+        chain = [self.fleet.zoo.units[number] for number in self.fleet.zoo.chains[row.application]]
+        whole = Counter(one.device.id for unit in chain for one in self.fleet.instances[unit.id])
+        for unit in chain:
+            options = self.fleet.instances[unit.id]
             if all(self.fleet.occupancy(one, waiting) > self.scenario.scale_above for one in options):
-                self.fleet.scale(unit)
+                self.fleet.scale(row.application, unit)
                 if self.scenario.adaptive:
                     for other in unit.stand_ins:
                         options = options + self.fleet.instances[other]
-            fits = [one for one in options if self._has_room(one, row, taken[one.device.id])]
+            fits = [one for one in options if self._has_room(one, row, max(1, whole[one.device.id]))]
             if not fits:
-                missing = unit
-                break
-            owner = fits[decide.next_hop([self._admission(one, owners) for one in fits])]
-            taken[owner.device.id] += owner.kv_bytes(row.tokens)
-            owners.append(owner)
-            self.counters.stood_in += owner.unit.id != number
-        if missing is not None:
-            self.fleet.scale(missing)
-            return False
-        row.owners = owners
-        for owner in owners:
+                self.fleet.scale(row.application, unit)
+                return False
+            places.append(fits)
+        ways = path([[self._stop(one) for one in fits] for fits in places], self.links.between_ns)
+        row.owners = [fits[way] for fits, way in zip(places, ways, strict=True)]
+        for unit, owner in zip(chain, row.owners, strict=True):
             owner.present += 1
             owner.device.free_bytes -= owner.kv_bytes(row.tokens)
+            self.counters.stood_in += owner.unit.id != unit.id
         return True
 
-    def _has_room(self, instance: Instance, row: Row, taken: int = 0) -> bool:
-        room = instance.device.free_bytes - taken >= instance.kv_bytes(row.tokens)
+    def _stop(self, instance: Instance) -> StopFacts:
+        work_ns = instance.part(instance.base.row_ns if instance.present else instance.base.row_ns + instance.base.step_ns)
+        return StopFacts(instance.device.id, instance.device.round_ns(), work_ns)
+
+    def _has_room(self, instance: Instance, row: Row, hops: int = 1) -> bool:
+        """Whether so many hops of a request could have their KV on its device."""
+        room = instance.device.free_bytes >= hops * instance.kv_bytes(row.tokens)
         return room and instance.present < self.scenario.max_sequences
 
-    def _admission(self, instance: Instance, owners: list[Instance]) -> HopFacts:
-        """Nobody has KV yet; a queue is what a token will take there, with this one more."""
-        device = instance.device
-        round_ns = device.round_ns() + instance.part(instance.base.row_ns)
-        if not instance.present:
-            round_ns += instance.part(instance.base.step_ns)
-        network = 0
-        if owners and owners[-1].device is not device:
-            # Each token will find a round of others under way there, on average in the middle.
-            network = self.links.latency_ns(owners[-1].device, device) + device.round_ns() // 2
-        return HopFacts(round_ns, 0, 0, network)
-
-    def _more_room(self, _instance: Instance | None = None) -> None:
+    def _more_room(self) -> None:
         for application, queue in self.waiting.items():
             if queue:
                 self._admit(application)
@@ -238,6 +228,7 @@ class BlockRun:
         row.new_tokens, row.place = 1, 0
         if live.generated < live.output_tokens:
             return False
+        self._lengths.add(live.generated)
         live.finish_ns, live.outcome = self.kernel.now_ns, "finished"
         for owner in row.owners:
             owner.present -= 1
@@ -264,6 +255,8 @@ class BlockRun:
             return owner  # it joins a step that is to come, or begins at once
         options = [owner, *[one for one in others if one is not owner and self._has_room(one, row)]]
         facts = [self._hop(one, row, owner, source) for one in options]
+        if self.scenario.kv == "coordinated":
+            facts = [one._replace(later_ns=self._later_ns(row, option)) for one, option in zip(facts, options, strict=True)]
         chosen = options[decide.next_hop(facts, self.scenario.kv == "coordinated")]
         if chosen is owner:
             return owner
@@ -284,6 +277,15 @@ class BlockRun:
         rate = self.links.bytes_per_s(owner.device, device)
         move_ns = round(kv_bytes * NS_PER_S / rate) + self.links.latency_ns(owner.device, device)
         return HopFacts(queue_ns, move_ns, again_ns, network)
+
+    def _later_ns(self, row: Row, instance: Instance) -> int:
+        """What all its later tokens take longer if this instance has its KV from now on."""
+        if instance is row.owners[row.place]:
+            return 0
+        stops = [self._stop(one) for one in row.owners]
+        now_ns = path_ns(stops, self.links.between_ns)
+        stops[row.place] = self._stop(instance)
+        return (path_ns(stops, self.links.between_ns) - now_ns) * self._lengths.more(row.live.generated)
 
     def _move(self, row: Row, target: Instance, facts: HopFacts) -> Instance | None:
         """Its KV of this block goes to, or is computed again at, another instance, which has it from then on."""

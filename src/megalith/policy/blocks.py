@@ -3,7 +3,8 @@
     cost of a hop = queue time + min(transfer of KV, recompute) + network        (BlockLLM's best-effort coordination)
                     + what each later token takes longer that way
 
-Without the last term KV goes back and forth: a queue is over in milliseconds, while KV that has left stays away. Pure: facts in, decisions out. Ties go to the first. Knows no clock and no event.
+Without the last term KV goes back and forth: a queue is over in milliseconds, while KV that has left stays away. Pure:
+facts in, decisions out. Ties go to the first. Knows no clock and no event.
 """
 
 from __future__ import annotations

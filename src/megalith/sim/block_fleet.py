@@ -54,7 +54,7 @@ class BlockFleet:
     # First placement
 
     def _provision(self) -> None:
-        """As many places for each unit as its part of the requests is of the devices, all first ones before the second."""
+        """As many places for each application, or unit, as its part of the requests is of the devices."""
         self._load = dict.fromkeys(range(len(self.devices)), 0.0)
         if self.scenario.locality:
             self._provision_chains()
@@ -122,7 +122,7 @@ class BlockFleet:
         return [unit for unit in units if unit.id not in here]
 
     def _provision_units(self) -> None:
-        """Each unit by itself; a device's expected load is in parts of all requests, through whole models."""
+        """Each unit by itself, the first of each before the second; loads are parts of all requests."""
         wanted = {unit.id: self._wanted(unit.share) for unit in self.zoo.units}
         order = sorted(self.zoo.units, key=lambda unit: (-unit.share, unit.id))
         for round_ in range(max(wanted.values())):

@@ -179,7 +179,7 @@ class Device:
         return sum([len(instance.queue) for instance in self.instances])
 
     def present(self) -> int:
-        """Requests on it: those of its instance that has most at each place would be exact; hops through it, in models."""
+        """Requests on it, each in parts of a whole model."""
         return sum([instance.present * instance.share[0] for instance in self.instances]) // max(
             [1, *[instance.share[1] for instance in self.instances]]
         )

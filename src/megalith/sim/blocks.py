@@ -15,15 +15,16 @@ from collections.abc import Callable
 from functools import partial
 
 from megalith.base.random import uniform
-from megalith.base.units import NS_PER_S
 from megalith.cost.timer import PS_PER_NS
 from megalith.policy import blocks as decide
-from megalith.policy.block_paths import StopFacts, path, path_ns
+from megalith.policy.block_paths import path
 from megalith.policy.blocks import HopFacts, QueueFacts
 from megalith.policy.facts import Request
+from megalith.sim.block_ahead import Ahead
 from megalith.sim.block_fleet import BlockFleet
+from megalith.sim.block_hops import Hops
 from megalith.sim.block_links import Links
-from megalith.sim.block_parts import TOKEN_BYTES, Device, Instance, Row, Trial
+from megalith.sim.block_parts import TOKEN_BYTES, Device, Instance, Row
 from megalith.sim.block_result import BlockCounters, BlockResult
 from megalith.sim.kernel import ARRIVE, FINISH, FIRST, MOVE, STEP_END, Kernel
 from megalith.sim.live import Live
@@ -32,8 +33,8 @@ from megalith.sim.record import Recorder
 from megalith.specs.blocks import BlockScenario
 from megalith.specs.workload import open_workload
 
-_CHOICE, _TRIAL = 11, 12
-"""Streams of draws: which application, whether a surrogate was right."""
+_CHOICE = 11
+"""Stream of draws: which application."""
 
 
 class BlockRun:
@@ -50,10 +51,12 @@ class BlockRun:
         """By application, those that have no place yet, in order."""
         rate = self.fleet.bases[scenario.zoo.bases[0]].timer.cost.profile.peer_bytes_per_s
         self.links = Links(self.kernel, scenario, rate, self.fleet.devices)
+        self.lengths = decide.Lengths()
+        self.hops = Hops(self.links, self.lengths, scenario.kv == "coordinated")
+        self.ahead = Ahead(scenario, self.counters, self._send, self._advance, self._arrived, self._queue)
         self._shapes = open_workload(scenario.workload, scenario.seed)
-        self._ended = self._rows = self._steps = self._trials = 0
+        self._ended = self._rows = self._steps = 0
         self._flops = 0.0
-        self._lengths = decide.Lengths()
         self._last_arrival: tuple[int, int, float] = (0, 0, 0.0)
         """(time, busy picoseconds, FLOPs) as the last request came."""
         self._first_ns = -1
@@ -120,17 +123,13 @@ class BlockRun:
                 self.fleet.scale(row.application, unit)
                 return False
             places.append(fits)
-        ways = path([[self._stop(one) for one in fits] for fits in places], self.links.between_ns)
+        ways = path([[self.hops.stop(one) for one in fits] for fits in places], self.links.between_ns)
         row.owners = [fits[way] for fits, way in zip(places, ways, strict=True)]
         for unit, owner in zip(chain, row.owners, strict=True):
             owner.present += 1
             owner.device.free_bytes -= owner.kv_bytes(row.tokens)
             self.counters.stood_in += owner.unit.id != unit.id
         return True
-
-    def _stop(self, instance: Instance) -> StopFacts:
-        work_ns = instance.part(instance.base.row_ns if instance.present else instance.base.row_ns + instance.base.step_ns)
-        return StopFacts(instance.device.id, instance.device.round_ns(), work_ns)
 
     def _has_room(self, instance: Instance, row: Row, hops: int = 1) -> bool:
         """Whether so many hops of a request could have their KV on its device."""
@@ -164,12 +163,12 @@ class BlockRun:
         device.running = True
         now_ps = self.kernel.now_ns * PS_PER_NS
         begun_ps = max(now_ps, device.free_ps)
-        ahead = self._ahead(instance, rows, duration_ps) if self.scenario.speculation else []
+        ahead = self.ahead.rows(instance, rows, duration_ps) if self.scenario.speculation else []
         if ahead:
             surrogate_ps = round(duration_ps * self.scenario.surrogate_share)
             begun_ps += surrogate_ps
             device.busy_ps += surrogate_ps
-            self.kernel.at(-(-begun_ps // PS_PER_NS), self._send_ahead, (instance, ahead))
+            self.kernel.at(-(-begun_ps // PS_PER_NS), self.ahead.send, (instance, ahead))
         device.busy_ps += duration_ps
         device.end_ps = device.free_ps = begun_ps + duration_ps
         self._steps += 1
@@ -184,10 +183,10 @@ class BlockRun:
         for row in rows:
             if row in ahead:
                 truths.setdefault(self._owner(row), []).append(row)
-            elif self._stands(row, instance):
+            elif self.ahead.stands(row, instance):
                 done.append(row)
         for target, found in truths.items():
-            self._message(device, target, len(found) * target.base.row_bytes, partial(self._truth, found, target))
+            self._message(device, target, len(found) * target.base.row_bytes, partial(self.ahead.truth, found, target))
         self._advance(done, instance)
         device.running = False  # only now, so that all who stay here are in its queues
         self._begin(device)
@@ -228,7 +227,7 @@ class BlockRun:
         row.new_tokens, row.place = 1, 0
         if live.generated < live.output_tokens:
             return False
-        self._lengths.add(live.generated)
+        self.lengths.add(live.generated)
         live.finish_ns, live.outcome = self.kernel.now_ns, "finished"
         for owner in row.owners:
             owner.present -= 1
@@ -253,39 +252,14 @@ class BlockRun:
         now_ns = self.kernel.now_ns
         if owner.queue or owner.device.queue_ns(now_ns) == 0:
             return owner  # it joins a step that is to come, or begins at once
+        if self.scenario.kv == "coordinated" and all(one.device is owner.device for one in row.owners):
+            return owner  # each later token would wait for one round more elsewhere, for a queue that is over in one
         options = [owner, *[one for one in others if one is not owner and self._has_room(one, row)]]
-        facts = [self._hop(one, row, owner, source) for one in options]
-        if self.scenario.kv == "coordinated":
-            facts = [one._replace(later_ns=self._later_ns(row, option)) for one, option in zip(facts, options, strict=True)]
+        facts = [self.hops.facts(row, one, source, now_ns) for one in options]
         chosen = options[decide.next_hop(facts, self.scenario.kv == "coordinated")]
         if chosen is owner:
             return owner
         return self._move(row, chosen, facts[options.index(chosen)])
-
-    def _hop(self, instance: Instance, row: Row, owner: Instance, source: Device) -> HopFacts:
-        device = instance.device
-        network = 0 if device is source else self.links.latency_ns(source, device)
-        queue_ns = device.queue_ns(self.kernel.now_ns)
-        if not instance.queue:
-            queue_ns += instance.part(instance.base.step_ns)  # a step of its own; others are joined
-        if instance is owner:
-            return HopFacts(queue_ns, 0, 0, network)
-        again_ns = instance.part(row.context * instance.base.prompt_token_ns)
-        if device is owner.device:
-            return HopFacts(queue_ns, 0, again_ns, network)
-        kv_bytes = instance.kv_bytes(row.context)
-        rate = self.links.bytes_per_s(owner.device, device)
-        move_ns = round(kv_bytes * NS_PER_S / rate) + self.links.latency_ns(owner.device, device)
-        return HopFacts(queue_ns, move_ns, again_ns, network)
-
-    def _later_ns(self, row: Row, instance: Instance) -> int:
-        """What all its later tokens take longer if this instance has its KV from now on."""
-        if instance is row.owners[row.place]:
-            return 0
-        stops = [self._stop(one) for one in row.owners]
-        now_ns = path_ns(stops, self.links.between_ns)
-        stops[row.place] = self._stop(instance)
-        return (path_ns(stops, self.links.between_ns) - now_ns) * self._lengths.more(row.live.generated)
 
     def _move(self, row: Row, target: Instance, facts: HopFacts) -> Instance | None:
         """Its KV of this block goes to, or is computed again at, another instance, which has it from then on."""
@@ -328,71 +302,6 @@ class BlockRun:
             then()
 
         self.links.network.send(source.id, target.device.id, num_bytes, done)
-
-    # Beginning ahead
-
-    def _ahead(self, instance: Instance, rows: list[Row], duration_ps: int) -> list[Row]:
-        """Those of a step whose next block may begin on what a surrogate says."""
-        device = instance.device
-        surrogate_ns = round(duration_ps * self.scenario.surrogate_share) // PS_PER_NS
-        queued = device.queued()
-        found = []
-        for row in rows:
-            after = row.place + 1
-            if row.trial is not None or row.computes > 1 or after == len(row.owners):
-                continue
-            target = row.owners[after].device
-            if target.server != device.server and decide.begins_ahead(
-                queued, target.queued(), target.running, surrogate_ns, duration_ps // PS_PER_NS
-            ):
-                found.append(row)
-        return found
-
-    def _send_ahead(self, event: tuple[Instance, list[Row]]) -> None:
-        instance, rows = event
-        onward: dict[Instance, list[Row]] = {}
-        for row in rows:
-            self._trials += 1
-            right = uniform(self.scenario.seed * 16 + _TRIAL, self._trials) < self.scenario.surrogate_accuracy
-            row.trial = Trial(right)
-            row.place += 1
-            onward.setdefault(self._owner(row), []).append(row)
-        self.counters.trials += len(rows)
-        for target, found in onward.items():
-            self._send(instance, target, found)
-
-    def _truth(self, rows: list[Row], target: Instance) -> None:
-        """The true output is there."""
-        waiting = set(target.queue)
-        through = []
-        for row in rows:
-            trial = row.trial
-            assert trial is not None
-            if trial.right or row in waiting:  # who has not begun begins on the true one
-                row.trial = None
-                if trial.done:
-                    through.append(row)
-            else:
-                self.counters.redone += 1
-                if trial.done:
-                    row.trial = None
-                    self._arrived([row], target)
-                else:
-                    trial.state = "redo"
-        if through:
-            self._advance(through, target)
-
-    def _stands(self, row: Row, instance: Instance) -> bool:
-        """Whether a row that is through with a step may go on."""
-        trial = row.trial
-        if trial is None:
-            return True
-        if trial.state == "redo":
-            row.trial = None
-            self._queue(row, instance)
-        else:
-            trial.done = True
-        return False
 
     # Result
 

@@ -24,6 +24,7 @@ STUDIES: dict[str, str] = {
     "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "polca": "POLCA: more servers in one power budget, low priority slowed first, against a brake alone",
     "splitwise": "Splitwise: prompts and tokens on machines of their own at equal power, against mixed machines",
+    "blockllm": "BlockLLM: blocks shared by many fine-tuned models, against a model for each and shared bases",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",
     "splitwise-designs": "Splitwise: prompt and token machines by rate, cost and power, against mixed machines",
 }

@@ -99,9 +99,14 @@ class BlockFleet:
         return True
 
     def _site_of(
-        self, units: list[Unit], share: float, work: float, shares: list[float], works: list[float], most_work: float
-    ) -> int | None:
+        self, units: list[Unit], share: float, work: float, shares: list[float], works: list[float], most_work: float,
+        grows: Unit | None = None,
+    ) -> int | None:  # fmt: skip
+        """The device for a chain; one that lacks the unit that `grows`, where one does."""
         sites = [self._site(device, units, shares, works) for device in self.devices]
+        if grows is not None:
+            here = {instance.device.id for instance in self.instances[grows.id]}
+            sites = [one._replace(free_bytes=-1) if number in here else one for number, one in enumerate(sites)]
         kv_bytes = KV_REQUESTS * SEEN_TOKENS * self.bases[units[0].base].token_kv_bytes
         return site(sites, share, work, kv_bytes, int(self._memory * self.scenario.weights_share), most_work)
 
@@ -186,8 +191,8 @@ class BlockFleet:
             # Half of what is too much for where it is now will come here.
             more = max([one.present for one in self.instances[unit.id]], default=2) / 2
             most = SLACK * (sum(present) + more) / len(present)
-            place = self._site_of(chain, more, more, present, present, most)
-            if place is not None and unit.id not in self._units(self.devices[place].instances):
+            place = self._site_of(chain, more, more, present, present, most, unit)
+            if place is not None:
                 return place, self._lacking(self.devices[place], chain)
         place = self._room(unit)
         return None if place is None else (place, [unit])

@@ -162,9 +162,9 @@ def _skew_note(results: Results) -> str:
         return "No figures with all applications as popular."
     word = "shrinks" if even > skewed else "does not shrink, which goes against what was expected"
     return (
-        f"P95 over a model for each at {RATE:g} req/s: {even:.1f} % with all as popular, {skewed:.1f} % with popularity "
-        f"1 / rank, so the gain {word}. Requests that are spread evenly leave each model fewer rows, and a shared base "
-        "merges them; what skew adds is a popular model that has queues of its own."
+        f"P95 over a model for each at {RATE:g} req/s: {even:.1f} % with all as popular, {skewed:.1f} % with "
+        f"popularity 1 / rank, so the gain {word}. Requests that are spread evenly leave each model fewer rows, "
+        "and a shared base merges them; what skew adds is a popular model that has queues of its own."
     )
 
 

@@ -11,7 +11,7 @@ from megalith.policy.block_zoo import make_zoo
 from megalith.policy.blocks import DeviceFacts, HopFacts, QueueFacts, begins_ahead, hop_cost_ns, next_hop, place, turn
 from megalith.specs.blocks import ZooSpec
 
-hops = st.lists(st.builds(HopFacts, *[st.integers(0, 9)] * 4), min_size=1, max_size=6)
+hops = st.lists(st.builds(HopFacts, *[st.integers(0, 9)] * 5), min_size=1, max_size=6)
 
 
 @given(st.integers(0, 50))
@@ -51,7 +51,7 @@ def test_between_two_thresholds_the_base_stands_in() -> None:
 @given(hops)
 def test_the_next_hop_is_the_cheapest(options: list[HopFacts]) -> None:
     chosen = options[next_hop(options)]
-    costs = [one.queue_ns + min(one.transfer_ns, one.recompute_ns) + one.network_ns for one in options]
+    costs = [one.queue_ns + min(one.transfer_ns, one.recompute_ns) + one.network_ns + one.later_ns for one in options]
     assert hop_cost_ns(chosen) == min(costs)
     assert options[next_hop(options, coordinated=False)].queue_ns == min(one.queue_ns for one in options)
 

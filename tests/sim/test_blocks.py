@@ -109,3 +109,53 @@ def test_what_cannot_be_is_refused() -> None:
         scenario(requests=None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="devices"):
         scenario(servers=())
+
+
+def test_whole_chains_stay_on_one_device() -> None:
+    """Every application has its chain on some device, so no hidden value is a message; apart they are."""
+    one, result = run(scenario())
+    for chain in one.fleet.zoo.chains:
+        homes = [{instance.device.id for instance in one.fleet.instances[unit]} for unit in chain]
+        assert set.intersection(*homes)
+    assert result.counters.messages == result.counters.kv_moves == 0
+    _, apart = run(scenario(locality=False))
+    assert apart.counters.messages > 0
+
+
+def test_kv_that_is_coordinated_does_not_go_back_and_forth() -> None:
+    moves, waits = [], []
+    for kv in ("coordinated", "queue", "pinned"):
+        _, result = run(scenario(60, 25.0, locality=False, kv=kv))
+        moves.append(result.counters.kv_moves + result.counters.recomputes)
+        latency = result.figures.latencies["tpot_ns"]
+        assert latency is not None
+        waits.append(latency.mean)
+    assert moves[2] == 0
+    assert moves[0] * 5 < moves[1]
+    assert waits[0] < waits[1]
+
+
+def test_one_place_for_each_application_is_less_than_popularity_gives() -> None:
+    one, result = run(scenario(sharing="model", replicas="one"))
+    assert result.instances == 20
+    assert BlockRun(scenario(sharing="model")).fleet.instances != one.fleet.instances
+    _, many = run(scenario(sharing="model"))
+    assert many.instances > 20
+
+
+def test_where_the_popular_do_not_all_fit_there_are_fewer_of_them() -> None:
+    """Models of twenty applications fill 60 % of nine devices, once each."""
+    few = scenario(sharing="model", servers=(9,))
+    _, result = run(few)
+    assert 20 <= result.instances < 25
+    with pytest.raises(DoesNotFit):
+        BlockRun(scenario(sharing="model", servers=(7,)))
+
+
+def test_a_chain_that_is_full_grows_as_a_whole() -> None:
+    one, result = run(scenario(60, 500.0, max_sequences=4, zoo={"applications": 3}))
+    assert result.counters.added > 0
+    for device in one.fleet.devices:
+        for base in {instance.unit.base for instance in device.instances}:
+            places = {instance.unit.first for instance in device.instances if instance.unit.base == base}
+            assert places == {0, 1, 2, 3}

@@ -93,6 +93,12 @@ def test_melange() -> None:
     assert report.verdict == "partly"
 
 
+def test_blockllm() -> None:
+    report = report_of("blockllm")
+    assert_passed(report)
+    assert report.verdict == "partly"
+
+
 def test_instinfer() -> None:
     report = report_of("instinfer")
     assert_passed(report)

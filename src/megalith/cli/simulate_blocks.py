@@ -43,6 +43,8 @@ class Blocks:
     speculation: Annotated[bool, Parameter(negative="--no-speculation")] = True
     locality: Annotated[bool, Parameter(negative="--no-locality")] = True
     adaptive: Annotated[bool, Parameter(negative="--no-adaptive")] = True
+    replicas: str = "popularity"
+    """Places of each application at the start: as its part of the requests is of the devices, or `one`."""
     seed: int = 0
 
 
@@ -90,7 +92,9 @@ def _scenario(what: Blocks) -> BlockScenario:
     }  # fmt: skip
     table = {
         "zoo": zoo, "device": what.device, "servers": servers, "sharing": what.sharing, "kv": what.kv,
-        "speculation": what.speculation, "locality": what.locality, "adaptive": what.adaptive, "seed": what.seed,
+        "speculation": what.speculation, "locality": what.locality, "adaptive": what.adaptive,
+        "replicas": what.replicas,
+        "seed": what.seed,
         "workload": msgspec.to_builtins(load),
     }  # fmt: skip
     return convert(table, BlockScenario, "the command line")

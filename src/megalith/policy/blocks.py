@@ -1,12 +1,15 @@
 """Decisions of a fleet that serves blocks: which instance is next, where one is placed, when to begin ahead.
 
     cost of a hop = queue time + min(transfer of KV, recompute) + network        (BlockLLM's best-effort coordination)
+                    + what each later token takes longer that way
 
-Pure: facts in, decisions out. Ties go to the first. Knows no clock and no event.
+Without the last term KV goes back and forth: a queue is over in milliseconds, while KV that has left stays away. Pure:
+facts in, decisions out. Ties go to the first. Knows no clock and no event.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +25,8 @@ class HopFacts(NamedTuple):
     """To compute it there again; 0 for who has it."""
     network_ns: int
     """For the hidden values to get there."""
+    later_ns: int = 0
+    """All later tokens together, over what they take with the KV where it is; below 0 where they are quicker."""
 
 
 class DeviceFacts(NamedTuple):
@@ -38,7 +43,23 @@ class DeviceFacts(NamedTuple):
 
 def hop_cost_ns(facts: HopFacts) -> int:
     """See the module."""
-    return facts.queue_ns + min(facts.transfer_ns, facts.recompute_ns) + facts.network_ns
+    return facts.queue_ns + min(facts.transfer_ns, facts.recompute_ns) + facts.network_ns + facts.later_ns
+
+
+class Lengths:
+    """What answers of the past say of how much is still to come. Knows only those that have ended."""
+
+    def __init__(self) -> None:
+        self._ended: list[int] = []
+
+    def add(self, tokens: int) -> None:
+        """One more has ended, at so many tokens."""
+        insort(self._ended, tokens)
+
+    def more(self, tokens: int) -> int:
+        """Expected after so many: the mean over all that were longer; as many again where none was."""
+        longer = self._ended[bisect_right(self._ended, tokens) :]
+        return sum(longer) // len(longer) - tokens if longer else tokens
 
 
 def next_hop(options: Sequence[HopFacts], coordinated: bool = True) -> int:

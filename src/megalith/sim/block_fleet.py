@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from math import ceil
 
 from megalith.policy import blocks as decide
+from megalith.policy.block_paths import SiteFacts, site
 from megalith.policy.block_zoo import Unit, make_zoo
 from megalith.policy.blocks import DeviceFacts
 from megalith.sim.block_parts import BaseTimes, Device, Instance, load_ns, make_devices, no_room
@@ -29,8 +30,8 @@ IDLE_NS = 10_000_000_000
 class BlockFleet:
     """Devices and the instances on them."""
 
-    def __init__(self, kernel: Kernel, scenario: BlockScenario, ready: Callable[[Instance], object]) -> None:
-        """`ready(instance)` is told when an instance that was added has its weights. Raises ConfigError, DoesNotFit."""
+    def __init__(self, kernel: Kernel, scenario: BlockScenario, ready: Callable[[], object]) -> None:
+        """`ready()` is called when instances that were added have their weights. Raises ConfigError, DoesNotFit."""
         self.kernel, self.scenario, self._ready = kernel, scenario, ready
         self.zoo = make_zoo(scenario.zoo, scenario.sharing, scenario.seed)
         self.bases = {name: BaseTimes(scenario, name) for name in scenario.zoo.bases}
@@ -53,19 +54,90 @@ class BlockFleet:
     # First placement
 
     def _provision(self) -> None:
-        """As many instances of each unit as its part of the requests is of the devices, the first of each before the
-        second; a device's expected load is in parts of all requests, through whole models."""
+        """As many places for each application, or unit, as its part of the requests is of the devices."""
+        self._load = dict.fromkeys(range(len(self.devices)), 0.0)
+        if self.scenario.locality:
+            self._provision_chains()
+        else:
+            self._provision_units()
+
+    def _provision_chains(self) -> None:
+        """Chains as wholes, those with most work first, each where it costs least (policy.block_paths).
+
+        Where they do not all fit there are fewer of the popular ones; a chain that fits nowhere even so is cut.
+        """
+        known = {one.id: self._wanted(one.weight) for one in self.zoo.applications}
+        for most in range(max(known.values()), 0, -1):
+            if self._chains_fit({one: min(wanted, most) for one, wanted in known.items()}, last=most == 1):
+                return
+            for device in self.devices:
+                for instance in list(device.instances):
+                    self._remove(instance)
+
+    def _chains_fit(self, wanted: dict[int, int], last: bool) -> bool:
         number = len(self.devices)
-        load = dict.fromkeys(range(number), 0.0)
-        wanted = {unit.id: max(1, ceil(unit.share * number)) for unit in self.zoo.units}
+        work = {one.id: one.weight * self.bases[one.base].token_flops / wanted[one.id] for one in self.zoo.applications}
+        most = SLACK * sum(work[one] * wanted[one] for one in work) / number
+        shares, works = [0.0] * number, [0.0] * number
+        for one in sorted(work, key=lambda one: (-work[one], one)):
+            application = self.zoo.applications[one]
+            units = [self.zoo.units[member] for member in self.zoo.chains[one]]
+            for _ in range(wanted[one]):
+                share = application.weight / wanted[one]
+                place = self._site_of(units, share, work[one], shares, works, most)
+                if place is not None:
+                    shares[place] += share
+                    works[place] += work[one]
+                    for unit in self._lacking(self.devices[place], units):
+                        self._serve(self._make(unit, self.devices[place]))
+                elif not last:
+                    return False
+                else:
+                    for unit in units:
+                        if not self.instances[unit.id]:
+                            self._first(unit, unit.share, needed=True)
+        return True
+
+    def _site_of(
+        self, units: list[Unit], share: float, work: float, shares: list[float], works: list[float], most_work: float,
+        grows: Unit | None = None,
+    ) -> int | None:  # fmt: skip
+        """The device for a chain; one that lacks the unit that `grows`, where one does."""
+        sites = [self._site(device, units, shares, works) for device in self.devices]
+        if grows is not None:
+            here = {instance.device.id for instance in self.instances[grows.id]}
+            sites = [one._replace(free_bytes=-1) if number in here else one for number, one in enumerate(sites)]
+        kv_bytes = KV_REQUESTS * SEEN_TOKENS * self.bases[units[0].base].token_kv_bytes
+        return site(sites, share, work, kv_bytes, int(self._memory * self.scenario.weights_share), most_work)
+
+    def _wanted(self, share: float) -> int:
+        return max(1, ceil(share * len(self.devices))) if self.scenario.replicas == "popularity" else 1
+
+    def _site(self, device: Device, units: list[Unit], share: list[float], work: list[float]) -> SiteFacts:
+        lacking = self._lacking(device, units)
+        return SiteFacts(
+            device.free_bytes, device.weights_bytes, sum(self._bytes(unit) for unit in lacking),
+            sum(instance.part(instance.base.step_ns) for instance in device.instances),
+            sum(self.bases[unit.base].step_ns * unit.blocks // self.scenario.zoo.blocks for unit in lacking),
+            share[device.id], work[device.id],
+        )  # fmt: skip
+
+    def _lacking(self, device: Device, units: list[Unit]) -> list[Unit]:
+        here = self._units(device.instances)
+        return [unit for unit in units if unit.id not in here]
+
+    def _provision_units(self) -> None:
+        """Each unit by itself, the first of each before the second; loads are parts of all requests."""
+        wanted = {unit.id: self._wanted(unit.share) for unit in self.zoo.units}
         order = sorted(self.zoo.units, key=lambda unit: (-unit.share, unit.id))
         for round_ in range(max(wanted.values())):
             for unit in order:
                 if round_ < wanted[unit.id]:
                     part = unit.share * unit.blocks / (self.scenario.zoo.blocks * wanted[unit.id])
-                    self._first(unit, part, load, needed=round_ == 0)
+                    self._first(unit, part, needed=round_ == 0)
 
-    def _first(self, unit: Unit, part: float, load: dict[int, float], needed: bool) -> None:
+    def _first(self, unit: Unit, part: float, needed: bool) -> None:
+        load = self._load
         facts = [self._facts(device, unit, load[device.id] + part) for device in self.devices]
         here = {instance.device.id for instance in self.instances[unit.id]}
         facts = [one._replace(free_bytes=-1) if number in here else one for number, one in enumerate(facts)]
@@ -82,28 +154,48 @@ class BlockFleet:
         """See policy.blocks."""
         return decide.occupancy(instance.present, waiting, self.scenario.max_sequences)
 
-    def scale(self, unit: Unit) -> None:
-        """One more instance of a unit, unless one is on its way or there is no room."""
+    def scale(self, application: int, unit: Unit) -> None:
+        """One more place for a unit, with locality for what a device lacks of a whole chain; none while one is on its
+        way, or where there is no room."""
         now_ns = self.kernel.now_ns
         if unit.id in self.loading or now_ns - self._tried_ns.get(unit.id, -RETRY_NS) < RETRY_NS:
             return
-        place = self._room(unit)
-        if place is None and self._make_room(unit):
-            place = self._room(unit)
-        if place is None:
+        found = self._growth(application, unit)
+        if found is None and self._make_room(unit):
+            found = self._growth(application, unit)
+        if found is None:
             self._tried_ns[unit.id] = now_ns
             return
-        instance = self._make(unit, self.devices[place])
-        self.loading[unit.id] = instance
-        self.added += 1
-        self.kernel.log(COMMAND, unit.id, place)
-        self.kernel.at(self.kernel.now_ns + load_ns(instance, self.scenario), self._loaded, instance)
+        place, units = found
+        made = [self._make(one, self.devices[place]) for one in units]
+        self.added += len(made)
+        num_bytes = 0
+        for instance in made:
+            self.loading[instance.unit.id] = instance
+            num_bytes += instance.num_bytes
+            self.kernel.log(COMMAND, instance.unit.id, place)
+        self.kernel.at(now_ns + load_ns(num_bytes, self.scenario), self._loaded, made)
 
-    def _loaded(self, instance: Instance) -> None:
-        del self.loading[instance.unit.id]
-        instance.idle_ns = self.kernel.now_ns
-        self._serve(instance)
-        self._ready(instance)
+    def _loaded(self, made: list[Instance]) -> None:
+        for instance in made:
+            del self.loading[instance.unit.id]
+            instance.idle_ns = self.kernel.now_ns
+            self._serve(instance)
+        self._ready()
+
+    def _growth(self, application: int, unit: Unit) -> tuple[int, list[Unit]] | None:
+        """A device, and which units it is to get."""
+        chain = [self.zoo.units[member] for member in self.zoo.chains[application]]
+        if self.scenario.locality and unit in chain and not any(one.id in self.loading for one in chain):
+            present = [float(device.present()) for device in self.devices]
+            # Half of what is too much for where it is now will come here.
+            more = max([one.present for one in self.instances[unit.id]], default=2) / 2
+            most = SLACK * (sum(present) + more) / len(present)
+            place = self._site_of(chain, more, more, present, present, most, unit)
+            if place is not None:
+                return place, self._lacking(self.devices[place], chain)
+        place = self._room(unit)
+        return None if place is None else (place, [unit])
 
     def _room(self, unit: Unit) -> int | None:
         rounds = [device.round_ns() for device in self.devices]
@@ -125,10 +217,7 @@ class BlockFleet:
         if not idle:
             return False
         instance = min(idle, key=lambda entry: entry[:2])[2]
-        self.instances[instance.unit.id].remove(instance)
-        instance.device.instances.remove(instance)
-        instance.device.weights_bytes -= instance.num_bytes
-        instance.device.free_bytes += instance.num_bytes
+        self._remove(instance)
         self.removed += 1
         return True
 
@@ -147,6 +236,12 @@ class BlockFleet:
     def _serve(self, instance: Instance) -> None:
         self.instances[instance.unit.id].append(instance)
         instance.device.instances.append(instance)
+
+    def _remove(self, instance: Instance) -> None:
+        self.instances[instance.unit.id].remove(instance)
+        instance.device.instances.remove(instance)
+        instance.device.weights_bytes -= instance.num_bytes
+        instance.device.free_bytes += instance.num_bytes
 
     def _place(self, unit: Unit, facts: list[DeviceFacts], most_load: float) -> int | None:
         base, blocks = self.bases[unit.base], self.scenario.zoo.blocks

@@ -22,6 +22,7 @@ class Links:
         self, kernel: Kernel, scenario: BlockScenario, inside_bytes_per_s: float, devices: Sequence[Device]
     ) -> None:
         self._scenario, self._inside = scenario, inside_bytes_per_s
+        self._devices = devices
         pairs = tuple(
             PairSpec(source=str(server), target=str(server), bytes_per_s=inside_bytes_per_s,
                      latency_s=scenario.inside_latency_s)
@@ -39,3 +40,7 @@ class Links:
         scenario = self._scenario
         latency_s = scenario.inside_latency_s if one.server == other.server else scenario.between_latency_s
         return round(latency_s * NS_PER_S)
+
+    def between_ns(self, one: int, other: int) -> int:
+        """The same, by number."""
+        return self.latency_ns(self._devices[one], self._devices[other])

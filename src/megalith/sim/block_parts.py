@@ -178,6 +178,12 @@ class Device:
         """Rows that wait for it."""
         return sum([len(instance.queue) for instance in self.instances])
 
+    def present(self) -> int:
+        """Requests on it, each in parts of a whole model."""
+        return sum([instance.present * instance.share[0] for instance in self.instances]) // max(
+            [1, *[instance.share[1] for instance in self.instances]]
+        )
+
     def queue_ns(self, now_ns: int) -> int:
         """About how long what runs and waits here takes."""
         left = max(0, self.end_ps // PS_PER_NS - now_ns) if self.running else 0
@@ -204,6 +210,6 @@ def no_room(unit: Unit, num_bytes: int, scenario: BlockScenario) -> DoesNotFit:
     )
 
 
-def load_ns(instance: Instance, scenario: BlockScenario) -> int:
-    """How long its weights take from host memory."""
-    return round(instance.num_bytes * NS_PER_S / scenario.host_bytes_per_s)
+def load_ns(num_bytes: int, scenario: BlockScenario) -> int:
+    """How long weights take from host memory."""
+    return round(num_bytes * NS_PER_S / scenario.host_bytes_per_s)

@@ -15,14 +15,16 @@ from collections.abc import Callable
 from functools import partial
 
 from megalith.base.random import uniform
-from megalith.base.units import NS_PER_S
 from megalith.cost.timer import PS_PER_NS
 from megalith.policy import blocks as decide
+from megalith.policy.block_paths import path
 from megalith.policy.blocks import HopFacts, QueueFacts
 from megalith.policy.facts import Request
+from megalith.sim.block_ahead import Ahead
 from megalith.sim.block_fleet import BlockFleet
+from megalith.sim.block_hops import Hops
 from megalith.sim.block_links import Links
-from megalith.sim.block_parts import TOKEN_BYTES, Device, Instance, Row, Trial
+from megalith.sim.block_parts import TOKEN_BYTES, Device, Instance, Row
 from megalith.sim.block_result import BlockCounters, BlockResult
 from megalith.sim.kernel import ARRIVE, FINISH, FIRST, MOVE, STEP_END, Kernel
 from megalith.sim.live import Live
@@ -31,8 +33,8 @@ from megalith.sim.record import Recorder
 from megalith.specs.blocks import BlockScenario
 from megalith.specs.workload import open_workload
 
-_CHOICE, _TRIAL = 11, 12
-"""Streams of draws: which application, whether a surrogate was right."""
+_CHOICE = 11
+"""Stream of draws: which application."""
 
 
 class BlockRun:
@@ -49,8 +51,11 @@ class BlockRun:
         """By application, those that have no place yet, in order."""
         rate = self.fleet.bases[scenario.zoo.bases[0]].timer.cost.profile.peer_bytes_per_s
         self.links = Links(self.kernel, scenario, rate, self.fleet.devices)
+        self.lengths = decide.Lengths()
+        self.hops = Hops(self.links, self.lengths, scenario.kv == "coordinated")
+        self.ahead = Ahead(scenario, self.counters, self._send, self._advance, self._arrived, self._queue)
         self._shapes = open_workload(scenario.workload, scenario.seed)
-        self._ended = self._rows = self._steps = self._trials = 0
+        self._ended = self._rows = self._steps = 0
         self._flops = 0.0
         self._last_arrival: tuple[int, int, float] = (0, 0, 0.0)
         """(time, busy picoseconds, FLOPs) as the last request came."""
@@ -102,52 +107,36 @@ class BlockRun:
 
     def _settle(self, row: Row) -> bool:
         """An instance for every hop, with room for its KV; otherwise none, and more are started where one lacked."""
-        owners: list[Instance] = []
+        places: list[list[Instance]] = []
         waiting = len(self.waiting[row.application])
-        taken: Counter[int] = Counter()
-        missing = None
-        for number in self.fleet.zoo.chains[row.application]:
-            unit = self.fleet.zoo.units[number]
-            options = self.fleet.instances[number]
+        chain = [self.fleet.zoo.units[number] for number in self.fleet.zoo.chains[row.application]]
+        whole = Counter(one.device.id for unit in chain for one in self.fleet.instances[unit.id])
+        for unit in chain:
+            options = self.fleet.instances[unit.id]
             if all(self.fleet.occupancy(one, waiting) > self.scenario.scale_above for one in options):
-                self.fleet.scale(unit)
+                self.fleet.scale(row.application, unit)
                 if self.scenario.adaptive:
                     for other in unit.stand_ins:
                         options = options + self.fleet.instances[other]
-            fits = [one for one in options if self._has_room(one, row, taken[one.device.id])]
+            fits = [one for one in options if self._has_room(one, row, max(1, whole[one.device.id]))]
             if not fits:
-                missing = unit
-                break
-            owner = fits[decide.next_hop([self._admission(one, owners) for one in fits])]
-            taken[owner.device.id] += owner.kv_bytes(row.tokens)
-            owners.append(owner)
-            self.counters.stood_in += owner.unit.id != number
-        if missing is not None:
-            self.fleet.scale(missing)
-            return False
-        row.owners = owners
-        for owner in owners:
+                self.fleet.scale(row.application, unit)
+                return False
+            places.append(fits)
+        ways = path([[self.hops.stop(one) for one in fits] for fits in places], self.links.between_ns)
+        row.owners = [fits[way] for fits, way in zip(places, ways, strict=True)]
+        for unit, owner in zip(chain, row.owners, strict=True):
             owner.present += 1
             owner.device.free_bytes -= owner.kv_bytes(row.tokens)
+            self.counters.stood_in += owner.unit.id != unit.id
         return True
 
-    def _has_room(self, instance: Instance, row: Row, taken: int = 0) -> bool:
-        room = instance.device.free_bytes - taken >= instance.kv_bytes(row.tokens)
+    def _has_room(self, instance: Instance, row: Row, hops: int = 1) -> bool:
+        """Whether so many hops of a request could have their KV on its device."""
+        room = instance.device.free_bytes >= hops * instance.kv_bytes(row.tokens)
         return room and instance.present < self.scenario.max_sequences
 
-    def _admission(self, instance: Instance, owners: list[Instance]) -> HopFacts:
-        """Nobody has KV yet; a queue is what a token will take there, with this one more."""
-        device = instance.device
-        round_ns = device.round_ns() + instance.part(instance.base.row_ns)
-        if not instance.present:
-            round_ns += instance.part(instance.base.step_ns)
-        network = 0
-        if owners and owners[-1].device is not device:
-            # Each token will find a round of others under way there, on average in the middle.
-            network = self.links.latency_ns(owners[-1].device, device) + device.round_ns() // 2
-        return HopFacts(round_ns, 0, 0, network)
-
-    def _more_room(self, _instance: Instance | None = None) -> None:
+    def _more_room(self) -> None:
         for application, queue in self.waiting.items():
             if queue:
                 self._admit(application)
@@ -174,12 +163,12 @@ class BlockRun:
         device.running = True
         now_ps = self.kernel.now_ns * PS_PER_NS
         begun_ps = max(now_ps, device.free_ps)
-        ahead = self._ahead(instance, rows, duration_ps) if self.scenario.speculation else []
+        ahead = self.ahead.rows(instance, rows, duration_ps) if self.scenario.speculation else []
         if ahead:
             surrogate_ps = round(duration_ps * self.scenario.surrogate_share)
             begun_ps += surrogate_ps
             device.busy_ps += surrogate_ps
-            self.kernel.at(-(-begun_ps // PS_PER_NS), self._send_ahead, (instance, ahead))
+            self.kernel.at(-(-begun_ps // PS_PER_NS), self.ahead.send, (instance, ahead))
         device.busy_ps += duration_ps
         device.end_ps = device.free_ps = begun_ps + duration_ps
         self._steps += 1
@@ -194,10 +183,10 @@ class BlockRun:
         for row in rows:
             if row in ahead:
                 truths.setdefault(self._owner(row), []).append(row)
-            elif self._stands(row, instance):
+            elif self.ahead.stands(row, instance):
                 done.append(row)
         for target, found in truths.items():
-            self._message(device, target, len(found) * target.base.row_bytes, partial(self._truth, found, target))
+            self._message(device, target, len(found) * target.base.row_bytes, partial(self.ahead.truth, found, target))
         self._advance(done, instance)
         device.running = False  # only now, so that all who stay here are in its queues
         self._begin(device)
@@ -238,6 +227,7 @@ class BlockRun:
         row.new_tokens, row.place = 1, 0
         if live.generated < live.output_tokens:
             return False
+        self.lengths.add(live.generated)
         live.finish_ns, live.outcome = self.kernel.now_ns, "finished"
         for owner in row.owners:
             owner.present -= 1
@@ -262,28 +252,14 @@ class BlockRun:
         now_ns = self.kernel.now_ns
         if owner.queue or owner.device.queue_ns(now_ns) == 0:
             return owner  # it joins a step that is to come, or begins at once
+        if self.scenario.kv == "coordinated" and all(one.device is owner.device for one in row.owners):
+            return owner  # each later token would wait for one round more elsewhere, for a queue that is over in one
         options = [owner, *[one for one in others if one is not owner and self._has_room(one, row)]]
-        facts = [self._hop(one, row, owner, source) for one in options]
+        facts = [self.hops.facts(row, one, source, now_ns) for one in options]
         chosen = options[decide.next_hop(facts, self.scenario.kv == "coordinated")]
         if chosen is owner:
             return owner
         return self._move(row, chosen, facts[options.index(chosen)])
-
-    def _hop(self, instance: Instance, row: Row, owner: Instance, source: Device) -> HopFacts:
-        device = instance.device
-        network = 0 if device is source else self.links.latency_ns(source, device)
-        queue_ns = device.queue_ns(self.kernel.now_ns)
-        if not instance.queue:
-            queue_ns += instance.part(instance.base.step_ns)  # a step of its own; others are joined
-        if instance is owner:
-            return HopFacts(queue_ns, 0, 0, network)
-        again_ns = instance.part(row.context * instance.base.prompt_token_ns)
-        if device is owner.device:
-            return HopFacts(queue_ns, 0, again_ns, network)
-        kv_bytes = instance.kv_bytes(row.context)
-        rate = self.links.bytes_per_s(owner.device, device)
-        move_ns = round(kv_bytes * NS_PER_S / rate) + self.links.latency_ns(owner.device, device)
-        return HopFacts(queue_ns, move_ns, again_ns, network)
 
     def _move(self, row: Row, target: Instance, facts: HopFacts) -> Instance | None:
         """Its KV of this block goes to, or is computed again at, another instance, which has it from then on."""
@@ -326,71 +302,6 @@ class BlockRun:
             then()
 
         self.links.network.send(source.id, target.device.id, num_bytes, done)
-
-    # Beginning ahead
-
-    def _ahead(self, instance: Instance, rows: list[Row], duration_ps: int) -> list[Row]:
-        """Those of a step whose next block may begin on what a surrogate says."""
-        device = instance.device
-        surrogate_ns = round(duration_ps * self.scenario.surrogate_share) // PS_PER_NS
-        queued = device.queued()
-        found = []
-        for row in rows:
-            after = row.place + 1
-            if row.trial is not None or row.computes > 1 or after == len(row.owners):
-                continue
-            target = row.owners[after].device
-            if target.server != device.server and decide.begins_ahead(
-                queued, target.queued(), target.running, surrogate_ns, duration_ps // PS_PER_NS
-            ):
-                found.append(row)
-        return found
-
-    def _send_ahead(self, event: tuple[Instance, list[Row]]) -> None:
-        instance, rows = event
-        onward: dict[Instance, list[Row]] = {}
-        for row in rows:
-            self._trials += 1
-            right = uniform(self.scenario.seed * 16 + _TRIAL, self._trials) < self.scenario.surrogate_accuracy
-            row.trial = Trial(right)
-            row.place += 1
-            onward.setdefault(self._owner(row), []).append(row)
-        self.counters.trials += len(rows)
-        for target, found in onward.items():
-            self._send(instance, target, found)
-
-    def _truth(self, rows: list[Row], target: Instance) -> None:
-        """The true output is there."""
-        waiting = set(target.queue)
-        through = []
-        for row in rows:
-            trial = row.trial
-            assert trial is not None
-            if trial.right or row in waiting:  # who has not begun begins on the true one
-                row.trial = None
-                if trial.done:
-                    through.append(row)
-            else:
-                self.counters.redone += 1
-                if trial.done:
-                    row.trial = None
-                    self._arrived([row], target)
-                else:
-                    trial.state = "redo"
-        if through:
-            self._advance(through, target)
-
-    def _stands(self, row: Row, instance: Instance) -> bool:
-        """Whether a row that is through with a step may go on."""
-        trial = row.trial
-        if trial is None:
-            return True
-        if trial.state == "redo":
-            row.trial = None
-            self._queue(row, instance)
-        else:
-            trial.done = True
-        return False
 
     # Result
 

@@ -73,7 +73,9 @@ class BlockScenario(Config, kw_only=True):
     speculation: bool = True
     """A pruned surrogate lets the next block begin before the true output has crossed servers."""
     locality: bool = True
-    """Blocks of one chain are placed together; False: wherever there is most room."""
+    """Chains are placed as wholes where they fit; False: each block by itself, on the device with the least load."""
+    replicas: Literal["popularity", "one"] = "popularity"
+    """Of each application at the start: as its part of the requests is of the devices, or one. More come with load."""
     scale_above: float = 0.7
     """Occupancy of an instance above which another one is started. Recalled from BlockLLM."""
     max_sequences: int = 64

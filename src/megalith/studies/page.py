@@ -118,7 +118,8 @@ def tables(report: Report) -> dict[str, Table]:
     found = {"claims": claims_table(report), "gates": gates_table(report), **report.judgement.tables}
     for experiment in report.study.experiments:
         if experiment.shown:
-            found[experiment.name] = points_table(report.results, experiment)
+            name = experiment.name if experiment.name not in found else f"{experiment.name}-points"
+            found[name] = points_table(report.results, experiment)
     return found
 
 

@@ -90,7 +90,7 @@ def judge(results: Results) -> Judgement:
         Picture("goodput", "Goodput a device", "TPOT limit, ms", panels=panels, logarithmic=False),
     ]  # fmt: skip
     findings = [tension.finding(STUDY.claim("multiply"), whole, "the better of two token budgets in each cell")]
-    return Judgement(findings, gates, {"square": table}, pictures)
+    return Judgement(findings, gates, {"interaction": table}, pictures)
 
 
 _SETTING = "OPT-13B on A100, step times of vLLM, 512 in and 64 out, TTFT 400 ms, TPOT 40 ms"

@@ -31,6 +31,7 @@ def test_the_overview_has_every_claim_and_what_was_not_run() -> None:
     assert "| P95, 16 clients | 3.70x | 3.00x | 1 s | 3 s | reproduced |" in text
     assert "| P95, 16 clients | 3.70x | - | 1 s | 3 s | (reproduced) |" in text
     assert "Not run here: genz" in text
+    assert "16 clients | fewer hours |" in index([report(findings=[{**FINDING, "said": "fewer hours"}])])
 
 
 def test_rows_say_what_full_runs_found_and_nothing_else_changes(tmp_path: Path) -> None:

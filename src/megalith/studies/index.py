@@ -113,6 +113,8 @@ def _row(one: Document) -> str:
 
 
 def _figure(finding: Mapping[str, Any], key: str) -> str:
+    if key == "published" and finding.get("said"):
+        return str(finding["said"])
     return "-" if finding[key] is None else f"{render_number(finding[key])}{finding['unit']}"
 
 

@@ -72,9 +72,8 @@ def claims_table(report: Report) -> Table:
         setting = f"{claim.setting}; {finding.note}" if finding.note else claim.setting
         word = finding.word if finding.counts else f"({finding.word})"
         ours = "-" if finding.ours is None else f"{render_number(finding.ours)}{claim.unit}"
-        table.add(
-            claim.text, setting, f"{render_number(claim.published)}{claim.unit}", ours, finding.on, finding.off, word
-        )
+        published = claim.said or f"{render_number(claim.published)}{claim.unit}"
+        table.add(claim.text, setting, published, ours, finding.on, finding.off, word)
     if any(not finding.counts for finding in report.judgement.findings):
         table.notes.append("A verdict in brackets has no say in the whole.")
     return table

@@ -41,6 +41,8 @@ class Claim(NamedTuple):
     neutral: float = 1.0
     """The figure of a mechanism that does nothing."""
     unit: str = "x"
+    said: str = ""
+    """What the publication says where it gives no one figure; `published` is then what that means at least."""
 
 
 class Arm(NamedTuple):
@@ -240,12 +242,17 @@ def overall(findings: Sequence[Finding]) -> Word:
 def sentence(findings: Sequence[Finding]) -> str:
     """The verdict in words with numbers."""
     parts = [
-        f"{finding.claim.text}: {_number(finding.ours)}{finding.claim.unit} where {_number(finding.claim.published)}"
-        f"{finding.claim.unit} was published ({finding.word})"
+        f"{finding.claim.text}: {_number(finding.ours)}{finding.claim.unit} where {claimed(finding.claim)}"
+        f" was published ({finding.word})"
         for finding in findings
         if finding.counts
     ]
     return "; ".join(parts) + "." if parts else "Nothing to judge."
+
+
+def claimed(claim: Claim) -> str:
+    """What was published, in words or as a figure with its unit."""
+    return claim.said or f"{_number(claim.published)}{claim.unit}"
 
 
 def _number(value: float | None) -> str:

@@ -44,7 +44,8 @@ class Square(NamedTuple):
 def claim(key: str, first: str, second: str, setting: str) -> Claim:
     """That the gains of two mechanisms multiply: what one would have to believe to add published gains up."""
     text = f"gains multiply: {first} beside {second} over {first} alone"
-    return Claim(key, text, setting, 1.0, (1.0 - INDEPENDENT, 1.0 + INDEPENDENT), 0.0)
+    band = (1.0 - INDEPENDENT, 1.0 + INDEPENDENT)
+    return Claim(key, text, setting, 1.0, band, 0.0, said="nothing (1x if gains multiplied)")
 
 
 def finding(claim: Claim, square: Square, note: str = "", *, counts: bool = True) -> Finding:

@@ -75,8 +75,18 @@ def test_a_power_policy_without_a_power_domain_is_refused(name: str) -> None:
         ran((pool(kv_blocks=300),), "freeness", (PolicySpec(name=name),))
 
 
+NEEDS_A_FILE = ("posterior-scaling",)
+"""tests/policy/test_posterior.py has them with one."""
+
+
+@pytest.mark.parametrize("name", NEEDS_A_FILE)
+def test_a_policy_that_needs_a_file_says_so(name: str) -> None:
+    with pytest.raises(ConfigError, match="needs a posterior"):
+        ran((pool(kv_blocks=300),), "freeness", (PolicySpec(name=name),))
+
+
 @pytest.mark.parametrize("heartbeat_s", [0.0, 0.5])
-@pytest.mark.parametrize("name", [name for name in CONTROLLERS if name not in POWER])
+@pytest.mark.parametrize("name", [name for name in CONTROLLERS if name not in (*POWER, *NEEDS_A_FILE)])
 def test_a_controller_harms_nobody_with_old_facts_either(name: str, heartbeat_s: float) -> None:
     controllers = (PolicySpec(name=name),)
     result = ran((pool(kv_blocks=300),), "freeness", controllers, heartbeat_s=heartbeat_s)

@@ -7,9 +7,12 @@ fine-tunes. A unit is what is deployed: a block, or a whole model where blocks a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megalith.base.random import uniform
-from megalith.specs.blocks import Sharing, ZooSpec
+
+if TYPE_CHECKING:
+    from megalith.specs.blocks import Sharing, ZooSpec
 
 _ADAPTER, _ALIKE, _COSINE, _RANK = 1, 2, 3, 4
 LEAST_COSINE = 0.9

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import nan
 
 import msgspec
+from mypy_extensions import mypyc_attr
 
 from megalith.base.errors import ConfigError
 from megalith.base.interrupts import held_interrupts
@@ -114,6 +115,7 @@ class SimResult:
     notes: list[str] = field(default_factory=list)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Run:
     """One run, step by step: make it, call `advance()` until it says False, then `result()`."""
 

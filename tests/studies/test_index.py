@@ -62,7 +62,7 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
     (tmp_path / "genz").mkdir()
     (tmp_path / "genz" / "report.json").write_text("{")
     with pytest.raises(MachineError, match="genz"):
-        write_index(tmp_path)
+        write_index(tmp_path, documents(tmp_path))
 
 
 def test_all_goes_on_after_a_study_that_fails_and_writes_pages_and_rows(

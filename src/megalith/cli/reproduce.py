@@ -98,9 +98,10 @@ def _overview(out: Path, *, json: bool) -> None:
     """The page over all pages, and the census beside them."""
     from megalith.studies.index import CENSUS, documents, refresh_census, write_index
 
-    page = write_index(out)
+    found = documents(out)
+    page = write_index(out, found)
     census = out.resolve().parent / CENSUS
-    changed = refresh_census(census, documents(out)) if census.is_file() else []
+    changed = refresh_census(census, found) if census.is_file() else []
     if not json:
         console = result_console()
         console.print(f"Overview: {page}", soft_wrap=True)

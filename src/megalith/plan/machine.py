@@ -19,6 +19,7 @@ from megalith.base.config import Config
 from megalith.base.errors import ConfigError, MachineError
 from megalith.base.home import home_dir
 from megalith.base.units import GIB, MIB, NS_PER_S
+from megalith.base.whole_file import write_whole
 from megalith.cost.profile import Band, Power, Profile, Rates, RunnerKind, from_device
 from megalith.specs import catalog
 
@@ -148,9 +149,7 @@ def _load(path: Path, kind: type[T]) -> T | None:
 def store(path: Path, value: Config) -> Path:
     """Write a profile or facts file as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1))
-    partial.replace(path)
+    write_whole(path, msgspec.json.format(msgspec.json.encode(value), indent=1))
     return path
 
 

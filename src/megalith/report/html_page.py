@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from megalith.base.errors import ConfigError, MachineError
+from megalith.base.whole_file import write_whole
 from megalith.report.table import Table
 
 _STYLE = """
@@ -74,11 +74,7 @@ def check_page_path(path: Path) -> None:
 
 def write_page(path: Path, text: str) -> None:
     """Write the page, whole or not at all. Raises MachineError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise MachineError(f"{path} could not be written: {error.strerror}.", "Make room, or name another.") from None

@@ -14,6 +14,7 @@ import msgspec
 from megalith import __version__
 from megalith.base.config import Config, convert
 from megalith.base.errors import ConfigError, MachineError
+from megalith.base.whole_file import write_whole
 from megalith.sim.sweep import Point, Store
 
 DEFINITION, RESULTS = "sweep.json", "results.jsonl"
@@ -90,10 +91,8 @@ def _check(folder: Path, stored: bytes, asked: Definition) -> None:
 
 def _write(path: Path, definition: Definition) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
     try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(definition), indent=2) + b"\n")
-        partial.replace(path)
+        write_whole(path, msgspec.json.format(msgspec.json.encode(definition), indent=2) + b"\n")
     except OSError as error:
         raise MachineError(f"{path} cannot be written ({error.strerror}).", "Name another folder.") from None
 

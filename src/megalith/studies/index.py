@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from megalith.base.errors import ConfigError, MachineError
+from megalith.base.whole_file import write_whole
 from megalith.report.table import render_number
 from megalith.studies.registry import STUDIES
 
@@ -38,10 +39,10 @@ def documents(out: Path) -> list[Document]:
     return found
 
 
-def write_index(out: Path) -> Path:
-    """README.md of the folder: every claim of every study that has been run there. Raises MachineError."""
+def write_index(out: Path, found: Sequence[Document]) -> Path:
+    """README.md of the folder: every claim of every study of its `documents`. Raises MachineError."""
     path = out / "README.md"
-    _replace(path, index(documents(out)))
+    _replace(path, index(found))
     return path
 
 
@@ -119,9 +120,7 @@ def _figure(finding: Mapping[str, Any], key: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise MachineError(f"{path} cannot be written ({error.strerror}).", "Name another folder with --out.") from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from megalith.base.errors import ConfigError
+from megalith.cli.number_list import whole_numbers
 from megalith.cli.output import JsonFlag, print_json, result_console
 
 if TYPE_CHECKING:
@@ -92,10 +93,7 @@ def _question(model: str, what: What) -> AttentionQuestion:
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part.replace("_", "")) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} {text!r} is no list of whole numbers.", f"Write it like {flag} 1,2,4.") from None
+    found = whole_numbers(flag, text, f"{flag} 1,2,4")
     if min(found) < 1:
         raise ConfigError(f"{flag} {text} has a number below 1.")
     return found

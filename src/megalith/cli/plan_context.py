@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from cyclopts import App, Parameter
 
 from megalith.base.errors import ConfigError
+from megalith.cli.number_list import whole_numbers
 from megalith.cli.output import JsonFlag, print_json, result_console
 
 if TYPE_CHECKING:
@@ -95,15 +96,9 @@ def _question(model: str, what: What) -> ContextQuestion:
         weights=planned.weights(profile.kind, what.weight_format), limit_bytes=limit, limit_source=source,
         context=1, devices=what.devices, rows=2048, outputs=1,
     )  # fmt: skip
+    contexts = whole_numbers("--context", what.context, "50000,1000000", "tokens")
     return ContextQuestion(
-        request=request, device=device, contexts=_contexts(what.context), against=what.against,
+        request=request, device=device, contexts=contexts, against=what.against,
         new_tokens=what.new_tokens, rates=cast("Rates", what.rates),
         session=Session(what.rounds, what.think, what.users),
     )  # fmt: skip
-
-
-def _contexts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part.replace("_", "")) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--context {text!r} is no list of tokens.", "Write it like 50000,1000000.") from None

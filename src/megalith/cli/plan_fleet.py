@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from megalith.base.errors import ConfigError
+from megalith.cli.number_list import whole_numbers
 from megalith.cli.output import JsonFlag, print_json, progress, result_console
 
 if TYPE_CHECKING:
@@ -126,10 +127,12 @@ def fleet(
         plan = plan_fleet(question, simulate=not predict_only, workers=workers, advance=advance)
         if knows is not None:
             plan = add_mix(plan, question, knows, advance=advance)
+        drawn = plot is not None or (page is not None and not predict_only)
+        points = _curve_points(plan, question, workers) if drawn else []
         if plot is not None:
-            _draw(plot, plan, question, workers)
+            _draw(plot, plan, question, points)
         if page is not None:
-            _write(page, plan, question if not predict_only else None, workers)
+            _write(page, plan, question, points if not predict_only else [])
     if json:
         print_json(plan)
     else:
@@ -160,7 +163,7 @@ def make_question(what: Fleet, how: Details) -> FleetQuestion:
         workload = convert(msgspec.to_builtins(workload) | {"max_new": told}, type(workload), "--max-new")
     return FleetQuestion(
         model=what.model, workload=workload, slo=parse_slo(what.slo), devices=what.device,
-        tensor_parallel=_degrees(what.tensor_parallel),
+        tensor_parallel=whole_numbers("--tensor-parallel", what.tensor_parallel, "1,2,4,8", "degrees"),
         setups=SETUP_NAMES if "all" in what.setup else what.setup,
         minimise=what.minimise, most_devices=what.max_devices, prices_usd=_prices(what.price), seed=what.seed,
         weight_format=how.weight_format, kv_format=how.kv_format, timer=how.timer, max_context=how.max_context,
@@ -172,13 +175,6 @@ def _knows(text: str) -> Knows | None:
     if text not in ("no", "prompt", "sizes"):
         raise ConfigError(f"--mix {text} is nothing that a router may know.", "Choose no, prompt or sizes.")
     return None if text == "no" else text  # type: ignore[return-value]
-
-
-def _degrees(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--tensor-parallel {text!r} is no list of degrees.", "Write it like 1,2,4,8.") from None
 
 
 def _prices(texts: tuple[str, ...]) -> dict[str, float]:
@@ -208,21 +204,20 @@ def _print(plan: FleetPlan) -> None:
         console.print(passed_table(plan).to_rich())
 
 
-def _draw(path: Path, plan: FleetPlan, question: FleetQuestion, workers: int | None) -> None:
+def _draw(path: Path, plan: FleetPlan, question: FleetQuestion, results: list[PointResult]) -> None:
     """Winner and runner-up at several rates around the planned one."""
     from megalith.report.plot_frame import Caption
     from megalith.report.plot_sweep import plot_curves
     from megalith.sim.sweep_rows import curves
 
-    results = _curve_points(plan, question, workers)
     requests = f"the first {max(one.requests for one in results):,} requests"
     settings = {"model": plan.model, "load": f"{plan.load}, {requests}", "service level": plan.slo}
     panels, limits = curves(results, question.slo)
     plot_curves(path, Caption("Winner and runner-up", settings), panels, limits)
 
 
-def _write(path: Path, plan: FleetPlan, question: FleetQuestion | None, workers: int | None) -> None:
-    """The answer as one page; without a question nothing is simulated for it."""
+def _write(path: Path, plan: FleetPlan, question: FleetQuestion, results: list[PointResult]) -> None:
+    """The answer as one page; without results there is no picture against the rate."""
     from tempfile import TemporaryDirectory
 
     from megalith.plan.fleet_page import page
@@ -230,8 +225,7 @@ def _write(path: Path, plan: FleetPlan, question: FleetQuestion | None, workers:
     from megalith.sim.sweep_rows import curves, power_panel
 
     shown = None
-    if question is not None:
-        results = _curve_points(plan, question, workers)
+    if results:
         panels, limits = curves(results, question.slo)
         shown = panels | power_panel(results), limits
     with TemporaryDirectory() as folder:

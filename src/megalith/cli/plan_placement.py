@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from megalith.base.errors import ConfigError
+from megalith.cli.number_list import whole_numbers
 from megalith.cli.output import JsonFlag, print_json, progress, result_console
 
 if TYPE_CHECKING:
@@ -137,7 +138,4 @@ def make_question(what: Placement, how: Details) -> PlacementQuestion:
 
 
 def _degrees(text: str, kind: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise ConfigError(f"--{kind}-parallel {text!r} is no list of degrees.", "Write it like 1,2,4.") from None
+    return tuple(sorted(set(whole_numbers(f"--{kind}-parallel", text, "1,2,4", "degrees"))))

@@ -14,7 +14,8 @@ import numpy as np
 from megalith.base.config import Config
 from megalith.base.random import splitmix64
 from megalith.specs import draws
-from megalith.specs.experts import MOST_EXPERTS, bound
+from megalith.specs.bounds import bound
+from megalith.specs.experts import MOST_EXPERTS
 from megalith.specs.shape import RequestShape
 
 _EXPERT: Final = 15
@@ -30,8 +31,8 @@ class ExpertMix(Config, kw_only=True):
     """Popularity falls as rank**-zipf; 0 is uniform."""
 
     def __post_init__(self) -> None:
-        bound("count", self.count, 1, MOST_EXPERTS)
-        bound("zipf", self.zipf, 0, 10)
+        bound("count", self.count, 1, MOST_EXPERTS, where=" in experts")
+        bound("zipf", self.zipf, 0, 10, where=" in experts")
 
 
 def with_experts(shapes: Iterator[RequestShape], mix: ExpertMix, seed: int) -> Iterator[RequestShape]:

@@ -5,19 +5,12 @@ Knows names and numbers. Must not know tiers at work, costs or policies.
 
 from __future__ import annotations
 
-from math import inf
 from typing import Final, Literal
 
 from megalith.base.config import Config
-from megalith.base.errors import ConfigError
+from megalith.specs.bounds import bound
 
 MOST_EXPERTS: Final = 1_000_000
-
-
-def bound(name: str, value: float | None, low: float, high: float = inf) -> None:
-    """Raises ConfigError unless the value is None or between the two; not a number is not."""
-    if value is not None and not low <= value <= high:
-        raise ConfigError(f"experts: a {name} of {value:g} cannot be.", f"Give {low:g} to {high:g}.")
 
 
 class ExpertsSpec(Config, kw_only=True):
@@ -48,9 +41,9 @@ class ExpertsSpec(Config, kw_only=True):
     """From disk to host memory: one PCIe 4.0 x4 drive, sequential reads by data sheet. An assumption."""
 
     def __post_init__(self) -> None:
-        bound("count", self.count, 1, MOST_EXPERTS)
-        bound("slots", self.slots, 1, MOST_EXPERTS)
-        bound("memory_share", self.memory_share, 0, 1)
-        bound("host_bytes_per_s", self.host_bytes_per_s, 1e6, 1e15)
-        bound("host_bytes", self.host_bytes, 1, 10**18)
-        bound("disk_bytes_per_s", self.disk_bytes_per_s, 1e6, 1e15)
+        bound("count", self.count, 1, MOST_EXPERTS, where=" in experts")
+        bound("slots", self.slots, 1, MOST_EXPERTS, where=" in experts")
+        bound("memory_share", self.memory_share, 0, 1, where=" in experts")
+        bound("host_bytes_per_s", self.host_bytes_per_s, 1e6, 1e15, where=" in experts")
+        bound("host_bytes", self.host_bytes, 1, 10**18, where=" in experts")
+        bound("disk_bytes_per_s", self.disk_bytes_per_s, 1e6, 1e15, where=" in experts")

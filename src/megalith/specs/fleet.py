@@ -5,23 +5,17 @@ Knows names and numbers. Must not know models, costs or policies; names are reso
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any, Literal
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
+from megalith.specs.bounds import bound
 from megalith.specs.experts import ExpertsSpec
 
 MOST_INSTANCES = 100_000
 """Of one pool."""
 SHORTEST_PERIOD_S = 1e-4
 """Of what comes again and again: a heartbeat."""
-
-
-def _bound(name: str, value: float | None, low: float, high: float = inf, where: str = "") -> None:
-    """Raises ConfigError unless the value is None or between the two; not a number is not."""
-    if value is not None and not low <= value <= high:
-        raise ConfigError(f"A {name} of {value:g}{where} cannot be.", f"Give {low:g} to {high:g}.")
 
 
 class PolicySpec(Config):
@@ -89,10 +83,10 @@ class PoolSpec(Config, kw_only=True):
                  "start_s": 0, "steps_under_way": 1, "peer_layers": 0, "host_layers": 0}  # fmt: skip
         where = f" of pool {self.name!r}"
         for name, low in least.items():
-            _bound(name, getattr(self, name), low, MOST_INSTANCES if name in ("count", "max_count") else 10**12, where)
-        _bound("host_bytes_per_s", self.host_bytes_per_s, 1e6, 1e13, where)
-        _bound("watermark", self.watermark, 0, 0.99, where)
-        _bound("power_cap", self.power_cap, 0.01, 1, where)
+            bound(name, getattr(self, name), low, MOST_INSTANCES if name in ("count", "max_count") else 10**12, where)
+        bound("host_bytes_per_s", self.host_bytes_per_s, 1e6, 1e13, where)
+        bound("watermark", self.watermark, 0, 0.99, where)
+        bound("power_cap", self.power_cap, 0.01, 1, where)
         if self.pipeline_parallel == 1 and (self.pipeline != "queue" or self.steps_under_way not in (None, 1)):
             raise ConfigError(f"Pool {self.name!r} has one stage, which sends nothing.", "Add pp2, or leave it out.")
 
@@ -152,10 +146,10 @@ class HandoffSpec(Config, kw_only=True):
     """Share of the bytes of a `push` that costs no time. Splitwise's simulator has 0.9 in its overlap variants."""
 
     def __post_init__(self) -> None:
-        _bound("max_waiting", self.max_waiting, 0, 10**12)
-        _bound("max_wait_s", self.max_wait_s, 0, 1e9)
-        _bound("accept_share", self.accept_share, 0, 1)
-        _bound("hidden", self.hidden, 0, 1)
+        bound("max_waiting", self.max_waiting, 0, 10**12)
+        bound("max_wait_s", self.max_wait_s, 0, 1e9)
+        bound("accept_share", self.accept_share, 0, 1)
+        bound("hidden", self.hidden, 0, 1)
 
 
 class MigrationSpec(Config, kw_only=True):
@@ -171,9 +165,9 @@ class MigrationSpec(Config, kw_only=True):
     """Send whole blocks, also the last one that is not full."""
 
     def __post_init__(self) -> None:
-        _bound("stage_s", self.stage_s, 0, 1e9)
-        _bound("slowdown", self.slowdown, 0.001, 1e6)
-        _bound("at_once", self.at_once, 1, 10**9)
+        bound("stage_s", self.stage_s, 0, 1e9)
+        bound("slowdown", self.slowdown, 0.001, 1e6)
+        bound("at_once", self.at_once, 1, 10**9)
 
 
 class PowerSpec(Config, kw_only=True):
@@ -203,12 +197,12 @@ class FaultSpec(Config, kw_only=True):
     """That share of the instances takes this many times as long for a step."""
 
     def __post_init__(self) -> None:
-        _bound("mtbf_h", self.mtbf_h, 1e-6, 1e9)
-        _bound("repair_s", self.repair_s, 0, 1e9)
-        _bound("straggler_share", self.straggler_share, 0, 1)
-        _bound("straggler_factor", self.straggler_factor, 0.001, 1e6)
+        bound("mtbf_h", self.mtbf_h, 1e-6, 1e9)
+        bound("repair_s", self.repair_s, 0, 1e9)
+        bound("straggler_share", self.straggler_share, 0, 1)
+        bound("straggler_factor", self.straggler_factor, 0.001, 1e6)
         for at_s in self.at_s:
-            _bound("at_s", at_s, 0, 1e9)
+            bound("at_s", at_s, 0, 1e9)
 
 
 class FleetSpec(Config, kw_only=True):
@@ -232,4 +226,4 @@ class FleetSpec(Config, kw_only=True):
         if len(set(names)) < len(names):
             raise ConfigError(f"Two pools have the same name: {', '.join(names)}.", "Give each its own.")
         if self.heartbeat_s:
-            _bound("heartbeat_s", self.heartbeat_s, SHORTEST_PERIOD_S, 1e9)
+            bound("heartbeat_s", self.heartbeat_s, SHORTEST_PERIOD_S, 1e9)

@@ -35,7 +35,9 @@ def test_no_resource_is_ever_above_one(which: int, order: int, shares: list[int]
     ways = orders(parts, cuts)
     pipeline = Pipeline(parts, ways[order % len(ways)], tuple(shares[: len(parts)]))
     ops = operators(pipeline, frame(parts, pipeline.order, 3), Enough(*enough))
-    check(ops, schedule(ops))
+    plan = schedule(ops)
+    check(ops, plan)  # raises for a place or resource above 1
+    assert plan.makespan_ps >= max(work_ps(ops).values())
 
 
 def test_every_range_waits_for_all_that_overlaps_it() -> None:

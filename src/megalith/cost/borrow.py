@@ -23,7 +23,8 @@ from megalith.cost.compute import CostModel, StepCost, StepShape
 from megalith.cost.memory import WeightBytes
 from megalith.cost.profile import Profile
 from megalith.cost.timer import PS_PER_NS, Line, Prompt
-from megalith.cost.timer_phases import POWER_EXPONENT, DeviceTimer, PhasePower, quick_line
+from megalith.cost.timer_around import AroundTimer
+from megalith.cost.timer_phases import DeviceTimer, quick_line
 
 BUFFERS = 2
 """Layers that a device keeps room for when it borrows: the one that is computed and the one that comes."""
@@ -98,7 +99,7 @@ class BorrowingCostModel(CostModel):
         )  # fmt: skip
 
 
-class BorrowingTimer:
+class BorrowingTimer(AroundTimer):
     """The DeviceTimer of a device that borrows layers, around its own. A lower clock does not slow the link."""
 
     def __init__(self, inner: DeviceTimer, layers: int, borrowed: Sequence[Loan]) -> None:
@@ -117,14 +118,6 @@ class BorrowingTimer:
             return line
         return quick_line((first + exposed_ps(first, self.layers, self.borrowed), 0, 1 if slope else steps))
 
-    def scaled(self, factor: float) -> BorrowingTimer:
-        """See DeviceTimer."""
-        return BorrowingTimer(self.inner.scaled(factor), self.layers, self.borrowed)
-
-    def at_clock(self, fraction: float) -> BorrowingTimer:
-        """See DeviceTimer."""
-        return BorrowingTimer(self.inner.at_clock(fraction), self.layers, self.borrowed)
-
-    def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:
-        """See DeviceTimer: as if it did not wait."""
-        return self.inner.power_w(exponent)
+    def around(self, inner: DeviceTimer) -> BorrowingTimer:
+        """See AroundTimer; power is as if it did not wait."""
+        return BorrowingTimer(inner, self.layers, self.borrowed)

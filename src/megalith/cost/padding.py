@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from megalith.cost import parameters as counting
 from megalith.cost.timer import Line, Prompt
-from megalith.cost.timer_phases import POWER_EXPONENT, DeviceTimer, PhasePower
+from megalith.cost.timer_around import AroundTimer
+from megalith.cost.timer_phases import DeviceTimer
 from megalith.cost.timer_stages import SendingTimer
 from megalith.cost.timer_vidur import StagedTimer
 from megalith.specs.model import ModelSpec
@@ -42,7 +43,7 @@ def attention_flops(spec: ModelSpec, prompts: Sequence[Prompt]) -> int:
     return 2 * 2 * spec.num_heads * spec.head_dim * pairs
 
 
-class PaddedTimer:
+class PaddedTimer(AroundTimer):
     """The DeviceTimer of an engine that pads, around the timer of one that does not."""
 
     def __init__(self, inner: DeviceTimer) -> None:
@@ -56,17 +57,9 @@ class PaddedTimer:
         """See StepTimer: all contexts are the longest, and grow with it."""
         return self.inner.decode_line(decodes, decodes * context_max, context_max)
 
-    def scaled(self, factor: float) -> PaddedTimer:
-        """See DeviceTimer."""
-        return pad(self.inner.scaled(factor))
-
-    def at_clock(self, fraction: float) -> PaddedTimer:
-        """See DeviceTimer."""
-        return pad(self.inner.at_clock(fraction))
-
-    def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:
-        """See DeviceTimer."""
-        return self.inner.power_w(exponent)
+    def around(self, inner: DeviceTimer) -> PaddedTimer:
+        """See AroundTimer."""
+        return pad(inner)
 
 
 class PaddedStages(PaddedTimer):

@@ -21,6 +21,7 @@ from megalith.base.errors import ConfigError
 from megalith.cost.timer import Line, Prompt
 from megalith.cost.timer_linear import DecodeTerms, LinearTimer, PromptTerms
 from megalith.cost.timer_phases import POWER_EXPONENT, DeviceTimer, PhasePower
+from megalith.cost.timer_published import in_ps
 from megalith.specs import catalog
 
 DistServeEngine: TypeAlias = Literal["distserve", "vllm"]
@@ -29,7 +30,6 @@ STAGE_MS = 1.0
 """Of every stage of a prompt step, times the stages (pp_const)."""
 OVERHEAD_MS, OVERHEAD_TOKEN_MS = 2.0, 1e-4
 """Of every step: add_ray_overhead."""
-_PS_PER_MS = 1_000_000_000
 
 
 class DistServeTable(Config, kw_only=True):
@@ -62,11 +62,11 @@ class DistServeTable(Config, kw_only=True):
 
         def decodes(terms: tuple[float, float, float]) -> DecodeTerms:
             base, context, decode = (term / stages for term in terms)
-            return DecodeTerms(_ps(base), _ps(decode), _ps(context + token_ms))
+            return DecodeTerms(in_ps(base), in_ps(decode), in_ps(context + token_ms))
 
         return LinearTimer(
-            PromptTerms(_ps(fixed + STAGE_MS * stages), _ps(each + token_ms), _ps(square)), decodes(self.decode_ms),
-            _ps(fixed_ms), [(self.large_from, decodes(self.large_decode_ms))],
+            PromptTerms(in_ps(fixed + STAGE_MS * stages), in_ps(each + token_ms), in_ps(square)),
+            decodes(self.decode_ms), in_ps(fixed_ms), [(self.large_from, decodes(self.large_decode_ms))],
         )  # fmt: skip
 
 
@@ -147,7 +147,3 @@ def distserve_for(
         f"{known}.",
         f"It has: {', '.join(distserve_tables())}.",
     )
-
-
-def _ps(milliseconds: float) -> int:
-    return round(milliseconds * _PS_PER_MS)

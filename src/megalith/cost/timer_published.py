@@ -26,7 +26,7 @@ class PublishedRegime(Config, kw_only=True):
 
     def terms(self) -> DecodeTerms:
         """In whole picoseconds."""
-        return DecodeTerms(_ps(self.fixed_ms), _ps(self.per_decode_ms), _ps(self.per_context_token_ms))
+        return DecodeTerms(in_ps(self.fixed_ms), in_ps(self.per_decode_ms), in_ps(self.per_context_token_ms))
 
 
 class PublishedTimer(Config, kw_only=True):
@@ -55,9 +55,9 @@ class PublishedTimer(Config, kw_only=True):
     def timer(self) -> LinearTimer:
         """The timer of these figures, rounded to whole picoseconds."""
         return LinearTimer(
-            PromptTerms(_ps(self.prompt_fixed_ms), _ps(self.prompt_token_ms), _ps(self.prompt_square_ms)),
-            DecodeTerms(_ps(self.decode_fixed_ms), _ps(self.per_decode_ms), _ps(self.per_context_token_ms)),
-            _ps(self.step_ms),
+            PromptTerms(in_ps(self.prompt_fixed_ms), in_ps(self.prompt_token_ms), in_ps(self.prompt_square_ms)),
+            DecodeTerms(in_ps(self.decode_fixed_ms), in_ps(self.per_decode_ms), in_ps(self.per_context_token_ms)),
+            in_ps(self.step_ms),
             [(regime.from_decodes, regime.terms()) for regime in self.regimes],
             PhasePower(*self.power_w) if self.power_w else None,
         )  # fmt: skip
@@ -74,5 +74,6 @@ def published(name: str) -> PublishedTimer:
     return catalog.named(name, published_timers(), "published timer")
 
 
-def _ps(milliseconds: float) -> int:
+def in_ps(milliseconds: float) -> int:
+    """Milliseconds as printed, in whole picoseconds."""
     return round(milliseconds * _PS_PER_MS)

@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from megalith.base.units import NS_PER_S
 from megalith.cost.timer import PS_PER_NS, Line, Prompt, StepTimer
-from megalith.cost.timer_phases import POWER_EXPONENT, DeviceTimer, PhasePower
+from megalith.cost.timer_around import AroundTimer
+from megalith.cost.timer_phases import DeviceTimer
 
 VALUE_BYTES = 2
 """Of a hidden value on its way: 16-bit floats."""
@@ -31,7 +32,7 @@ class SendingTimer(StepTimer, Protocol):
         ...
 
 
-class LinkedTimer:
+class LinkedTimer(AroundTimer):
     """A DeviceTimer and SendingTimer: an even cut of another timer's steps, joined by links of one bandwidth."""
 
     def __init__(self, inner: DeviceTimer, stages: int, row_bytes: int, bytes_per_s: float, latency_ns: float) -> None:
@@ -60,14 +61,6 @@ class LinkedTimer:
         send_ps = round((decodes * row_bytes * NS_PER_S / bytes_per_s + latency_ns) * PS_PER_NS)
         return Line(first + (self.stages - 1) * send_ps, slope, steps)
 
-    def scaled(self, factor: float) -> LinkedTimer:
-        """See DeviceTimer."""
-        return LinkedTimer(self.inner.scaled(factor), self.stages, *self._link)
-
-    def at_clock(self, fraction: float) -> LinkedTimer:
-        """See DeviceTimer."""
-        return LinkedTimer(self.inner.at_clock(fraction), self.stages, *self._link)
-
-    def power_w(self, exponent: float = POWER_EXPONENT) -> PhasePower:
-        """See DeviceTimer."""
-        return self.inner.power_w(exponent)
+    def around(self, inner: DeviceTimer) -> LinkedTimer:
+        """See AroundTimer."""
+        return LinkedTimer(inner, self.stages, *self._link)

@@ -17,11 +17,12 @@ import msgspec
 
 from megalith.base.errors import CapacityError, MegalithError
 from megalith.plan.fleet_answer import FORMAT, Choice, FleetPlan, Headroom, Passed, Risk
+from megalith.plan.fleet_choice import bought, make_choice, order
 from megalith.plan.fleet_estimate import Prediction
 from megalith.plan.fleet_explain import describe_binding
 from megalith.plan.fleet_kind import Kind, find_kind, least_objective
 from megalith.plan.fleet_load import cut
-from megalith.plan.fleet_question import SETUP_NAMES, FleetQuestion, Shape, Size, shapes
+from megalith.plan.fleet_question import FleetQuestion, Shape, Size, shapes
 from megalith.plan.fleet_risks import hazards, judge, power_room, predicted_headroom, slo_room
 from megalith.plan.fleet_trial import Probe, Settle, Settled, Trial, perform
 from megalith.plan.fleet_unmet import unmet
@@ -317,34 +318,16 @@ class Search:
         return self.least_objective(kind, trial.instances)
 
     def _choice(self, kind: Kind, size: Size, trial: Trial | None, prediction: Prediction | None) -> Choice:
-        unit = kind.ability.price_per_hour_usd
-        price = None if unit is None else unit * size.instances
-        tokens = 0.0 if trial is None else trial.output_tokens_per_s
         objective = self.least_objective(kind, size.instances) if trial is None else self._objective(kind, trial)
-        figures = {} if trial is None else trial.figures_ns
-        slo = self.question.slo
-
-        def figure(metric: str) -> float | None:
-            return next((figures.get(str(bound)) for bound in slo.bounds if bound.metric == metric), None)
-
-        return Choice(
-            shape=kind.shape, size=size, flags=kind.shape.flags(size),
-            devices=size.instances * kind.shape.tensor_parallel, objective=objective,
-            price_per_hour_usd=price, power_w=None if trial is None else trial.power_w,
-            price_per_million_tokens_usd=None if price is None or tokens <= 0 else price / (tokens * 3600) * 1e6,
-            trial=trial,
-            ttft_ns=figure("ttft") if prediction is None else prediction.ttft_ns,
-            tpot_ns=figure("tpot") if prediction is None else prediction.tpot_ns,
-            margin=prediction.margin if prediction is not None else None if trial is None else trial.margin,
-        )  # fmt: skip
+        return make_choice(self.question.slo, kind, size, objective, trial, prediction)
 
     def _rank(self, choices: Sequence[Choice], stage: str) -> list[Choice]:
         """All of them, winner and runner-up first; the others are passed."""
-        first, *rest = sorted(choices, key=_order)
-        runner_up = next((choice for choice in rest if _bought(choice) != _bought(first)), None)
+        first, *rest = sorted(choices, key=order)
+        runner_up = next((choice for choice in rest if bought(choice) != bought(first)), None)
         rest = [choice for choice in rest if choice is not runner_up]
         for choice in rest:
-            same = _bought(choice) == _bought(first)
+            same = bought(choice) == bought(first)
             why = "keeps it with the winner's devices too" if same else "keeps it and comes after the runner-up"
             self._pass(choice.shape, stage, why, choice.size.instances, choice.objective)
         return [first, *([] if runner_up is None else [runner_up]), *rest]
@@ -372,7 +355,7 @@ class Search:
             format=FORMAT, nature=nature, minimise=question.minimise, model=question.model, slo=str(question.slo),  # type: ignore[arg-type]
             load=question.workload.name or "drawn", rate_per_s=load.rate_per_s, requests=load.requests,
             requests_in_all=self.in_all, span_s=load.span_s, winner=choices[0],
-            runner_up=next((one for one in choices[1:2] if _bought(one) != _bought(choices[0])), None),
+            runner_up=next((one for one in choices[1:2] if bought(one) != bought(choices[0])), None),
             binding=binding, resource=resource, headroom=headroom,
             passed=self.passed, contributions=contributions(question, load, choices, self.passed, nature),
             risks=list(risks), runs=self.runs, notes=notes,
@@ -396,17 +379,5 @@ def plan_fleet(
     return search.simulated() if simulate else search.predicted()
 
 
-def _order(choice: Choice) -> tuple[float, int, int, int, float]:
-    """Best first; among equals the plainer set-up, then fewer devices, then the larger margin."""
-    shape = choice.shape
-    involved = SETUP_NAMES.index(shape.setup)
-    return choice.objective, involved, len(shape.extras), choice.devices, -(choice.margin or 0.0)
-
-
 def _instances(count: int | Size) -> str:
     return "1 instance" if str(count) == "1" else f"{count} instances"
-
-
-def _bought(choice: Choice) -> tuple[str, int, int]:
-    """What one has to buy for it."""
-    return choice.shape.device, choice.shape.tensor_parallel, choice.size.instances

@@ -11,7 +11,7 @@ from statistics import median
 
 from megalith.report.table import Column, Table
 from megalith.sim.sweep import PointResult
-from megalith.studies.results import Results
+from megalith.studies.results import Results, quotient
 from megalith.studies.study import (
     Arm,
     Case,
@@ -123,8 +123,8 @@ def _gates(results: Results) -> list[Gate]:
         Gate("P95 of shared parameters over a model for each", shared, 0.0, 0.999, "rank"),
         Gate("utilisation of blocks over a model for each", _over(results, "rate", MODEL, "utilisation", None, -1),
              1.0, 9.0, "sign; the better of either placement"),
-        Gate("stored: blocks over shared parameters", _quotient(stored[0], stored[1]), 0.0, 0.999, "rank"),
-        Gate("stored: shared parameters over models", _quotient(stored[1], stored[2]), 0.0, 0.999, "rank"),
+        Gate("stored: blocks over shared parameters", quotient(stored[0], stored[1]), 0.0, 0.999, "rank"),
+        Gate("stored: shared parameters over models", quotient(stored[1], stored[2]), 0.0, 0.999, "rank"),
         Gate("tokens of blocks over a model for each", same, 1.0, 1.0, "the same requests"),
     ]  # fmt: skip
     for arm in (QUEUE, PINNED, TRUE_OUTPUT):
@@ -150,10 +150,6 @@ def _over(
 
 def _change(ratio: float | None) -> float | None:
     return None if ratio is None else (ratio - 1.0) * 100
-
-
-def _quotient(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
 
 
 def _skew_note(results: Results) -> str:

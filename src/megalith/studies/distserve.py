@@ -11,7 +11,7 @@ from statistics import median
 
 from megalith.report.table import Column, Table
 from megalith.studies.distserve_cases import SPLITFUSE, Engine, conversations, fixed, fleet_of, scenario, searched
-from megalith.studies.results import Results
+from megalith.studies.results import Results, crossing
 from megalith.studies.study import (
     Arm,
     Case,
@@ -195,12 +195,8 @@ def gains(results: Results, experiment: str, arm: str = "", chunked: bool = Fals
 
 
 def crossover(curve: Curves) -> float | None:
-    """Where the median ratio first falls to 1, on straight lines between the limits; None where it does not."""
-    points = [(at, median(values)) for at, values in sorted(curve.items())]
-    for (low, before), (high, after) in pairwise(points):
-        if before > 1 >= after:
-            return low + (high - low) * (before - 1) / (before - after)
-    return None
+    """Where the ratio first falls to 1; None where it does not."""
+    return crossing(curve, rising=False)
 
 
 def _tighter(results: Results) -> float | None:

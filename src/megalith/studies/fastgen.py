@@ -19,7 +19,7 @@ from megalith.specs.arrivals import ClosedLoop
 from megalith.specs.fleet import FaultSpec, FleetSpec, PoolSpec
 from megalith.specs.lengths import NormalLength
 from megalith.specs.workload import WorkloadSpec
-from megalith.studies.results import Results
+from megalith.studies.results import Results, quotient
 from megalith.studies.study import (
     Arm,
     Case,
@@ -134,9 +134,9 @@ def judge(results: Results) -> Judgement:
         note = "same engine" if same else f"baseline on {arm.title.rpartition(', ')[2]}: an assumption"
         on, off = (_peak(results, name, "effective_4") for name in (ON.name, arm.name))
         peak = f"each at its best number of clients; {note}"
-        findings.append(Finding(STUDY.claim("effective"), _divide(on, off), _rate(on), _rate(off), peak, same))
+        findings.append(Finding(STUDY.claim("effective"), quotient(on, off), _rate(on), _rate(off), peak, same))
         on, off = (_at_latency(results, name) for name in (ON.name, arm.name))
-        findings.append(Finding(STUDY.claim("rate"), _divide(on, off), _rate(on), _rate(off), note, same))
+        findings.append(Finding(STUDY.claim("rate"), quotient(on, off), _rate(on), _rate(off), note, same))
     findings.sort(key=lambda finding: not finding.counts)
     pictures = [
         Picture(
@@ -206,10 +206,6 @@ def _both(results: Results, experiment: str, figure: str, unit: str) -> tuple[st
     values = [results.middle(experiment, arm.name, figure, AT) for arm in (ON, OFF)]
     on, off = ("-" if value is None else f"{value * 1e3:.3g} {unit}" for value in values)
     return on, off
-
-
-def _divide(over: float | None, under: float | None) -> float | None:
-    return over / under if over is not None and under else None
 
 
 def _rate(value: float | None) -> str:

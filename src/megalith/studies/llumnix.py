@@ -148,14 +148,18 @@ def _move(case: Case) -> Simulated:
     return task_of(scenario_of(fleet_of("", pool_of(2), once), load, case.seed))
 
 
+def bursts(case: Case) -> WorkloadSpec:
+    """Long lengths in bursts: what fleets that scale are run under."""
+    arrivals, requests = GammaArrivals(rate_per_s=2.0, cv=2.0), 500 if case.fast else 2500
+    return msgspec.structs.replace(workloads()["llumnix-l"].spec, arrivals=arrivals, requests=requests)
+
+
 def scaling(case: Case, heartbeat_s: float = 0.0, victim: str = "fewest") -> Simulated:
     """A fleet that starts more instances below a mean freeness of `case.at`."""
-    arrivals, requests = GammaArrivals(rate_per_s=2.0, cv=2.0), 500 if case.fast else 2500
-    load = msgspec.structs.replace(workloads()["llumnix-l"].spec, arrivals=arrivals, requests=requests)
     options: dict[str, float | str] = {"up_below": case.at, "down_above": case.at + 50, "victim": victim}
     pool = pool_of(INSTANCES // 2, INSTANCES, 10.0)
     fleet = fleet_of(case.arm, pool, PolicySpec(name="freeness-scaling", options=options))
-    return task_of(scenario_of(msgspec.structs.replace(fleet, heartbeat_s=heartbeat_s), load, case.seed))
+    return task_of(scenario_of(msgspec.structs.replace(fleet, heartbeat_s=heartbeat_s), bursts(case), case.seed))
 
 
 def _scaling_artifact(case: Case) -> Simulated:

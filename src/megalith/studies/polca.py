@@ -164,10 +164,10 @@ def _over(
     return worst(values) if values else None
 
 
-def _unbraked(results: Results, arm: Arm) -> float | None:
+def _unbraked(results: Results, arm: Arm, experiment: str = "servers") -> float | None:
     """Most servers up to which no seed braked."""
     found = None
-    for count, values in sorted(results.curve("servers", arm.name, "brakes").items()):
+    for count, values in sorted(results.curve(experiment, arm.name, "brakes").items()):
         if max(values) > 0:
             break
         found = count
@@ -213,12 +213,8 @@ def _within(results: Results) -> Finding:
 
 def _trained(results: Results) -> float | None:
     """Most servers of a training row without a brake and without capping, as a share above the budget's."""
-    found = None
-    for count, values in sorted(results.curve("training", OFF.name, "brakes").items()):
-        if max(values) > 0:
-            break
-        found = count / BUDGET_SERVERS - 1.0
-    return found
+    most = _unbraked(results, OFF, "training")
+    return None if most is None else most / BUDGET_SERVERS - 1.0
 
 
 def _disagreement(results: Results, figure: str) -> float | None:

@@ -6,10 +6,12 @@ requests, before anything is averaged.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import median
 
 from megalith.base.errors import ConfigError
 from megalith.base.units import NS_PER_S
+from megalith.report.plot_sweep import Curve
 from megalith.sim.samples import Distribution
 from megalith.sim.sweep import PointResult
 from megalith.studies.study import Case, Figure, Study
@@ -90,7 +92,7 @@ class Results:
     def _ratio(self, experiment: str, case: Case, under: str, figure: Figure) -> float | None:
         pair = self.get(experiment, case), self.get(experiment, case._replace(arm=under))
         over, below = (None if result is None else read(result, figure) for result in pair)
-        return over / below if over is not None and below else None
+        return quotient(over, below)
 
     def _cases(self, experiment: str, arm: str) -> list[Case]:
         if experiment not in self.cases:
@@ -98,6 +100,23 @@ class Results:
                 f"{self.study.name} has no experiment {experiment!r}.", f"It has {', '.join(self.cases)}."
             )
         return [case for case in self.cases[experiment] if case.arm == arm]
+
+
+def quotient(over: float | None, under: float | None) -> float | None:
+    """One figure over another; None where one is missing or the lower one is zero."""
+    return over / under if over is not None and under else None
+
+
+def crossing(curve: Curve, *, rising: bool) -> float | None:
+    """Where the median over seeds first passes 1, on straight lines between places; None where it does not.
+
+    Rising: from at most 1 to above it; else from above 1 to at most that.
+    """
+    points = [(at, median(values)) for at, values in sorted(curve.items())]
+    for (low, before), (high, after) in pairwise(points):
+        if (before > 1) != (after > 1) and (after > 1) == rising:
+            return low + (high - low) * (1 - before) / (after - before)
+    return None
 
 
 def read(result: PointResult, figure: Figure) -> float | None:

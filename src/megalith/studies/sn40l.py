@@ -14,7 +14,7 @@ from megalith.plan.experts import nodes_for
 from megalith.report.table import Column, Table
 from megalith.specs.node import node
 from megalith.studies import sn40l_cases as cases
-from megalith.studies.results import Results
+from megalith.studies.results import Results, quotient
 from megalith.studies.sn40l_cases import (
     A100,
     A100_ALL,
@@ -66,10 +66,6 @@ def _planned(results: Results, platform: Platform, figure: str, at: float, exper
     return results.middle(experiment, platform.arm.name, figure, at)
 
 
-def _over(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
-
-
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f} ms"
 
@@ -79,8 +75,8 @@ def _switching(results: Results) -> list[Finding]:
     for key, one, links in (("switch-a100", A100, A100_ALL), ("switch-h100", H100, H100_ALL)):
         theirs, wide = (_planned(results, other, "switch_ms", EXPERTS) for other in (one, links))
         all_findings += [
-            Finding(STUDY.claim(key), _over(theirs, ours), _ms(ours), _ms(theirs), "13.48 GB, one model"),
-            Finding(STUDY.claim(key), _over(wide, ours), _ms(ours), _ms(wide), "all eight links of the DGX", False),
+            Finding(STUDY.claim(key), quotient(theirs, ours), _ms(ours), _ms(theirs), "13.48 GB, one model"),
+            Finding(STUDY.claim(key), quotient(wide, ours), _ms(ours), _ms(wide), "all eight links of the DGX", False),
         ]
     return all_findings
 
@@ -92,13 +88,13 @@ def _overall(results: Results) -> list[Finding]:
         claim = STUDY.claim(key)
         for at, title in enumerate(TITLES):
             ours, theirs = (_planned(results, other, "ms", at, "requests") for other in (SN40L, one))
-            found.append(Finding(claim, _over(theirs, ours), _ms(ours), _ms(theirs), title, counts=at == 0))
+            found.append(Finding(claim, quotient(theirs, ours), _ms(ours), _ms(theirs), title, counts=at == 0))
         for title, mine, other in (
             ("20 tokens, ideal fusion", IDEAL, one), ("20 tokens, SN40L without fusion", KERNELS, one),
             ("20 tokens, all eight links of the DGX", SN40L, links), ("20 tokens, SN40L without its DDR", NO_DDR, one),
         ):  # fmt: skip
             ours, theirs = (_planned(results, platform, "ms", 0, "requests") for platform in (mine, other))
-            found.append(Finding(claim, _over(theirs, ours), _ms(ours), _ms(theirs), title, counts=False))
+            found.append(Finding(claim, quotient(theirs, ours), _ms(ours), _ms(theirs), title, counts=False))
         ratio = results.middle_ratio("run-requests", one.arm.name, SN40L.arm.name, "e2e_ns.mean", 0)
         ours_s, theirs_s = (
             results.middle("run-requests", platform.arm.name, "e2e_ns.mean", 0) for platform in (SN40L, one)
@@ -137,7 +133,7 @@ def _gates(results: Results) -> list[Gate]:
         run = results.middle_ratio("run-requests", one.arm.name, SN40L.arm.name, "e2e_ns.mean", 0)
         source = f"published {published}, within 25 %"
         gates += [
-            Gate(f"{name} over SN40L, 20 tokens, predicted", _over(theirs, ours), low, high, source),
+            Gate(f"{name} over SN40L, 20 tokens, predicted", quotient(theirs, ours), low, high, source),
             Gate(f"{name} over SN40L, 20 tokens, simulated", run, low, high, source),
         ]
     without = results.middle_ratio("run-requests", A100.arm.name, NO_DDR.arm.name, "e2e_ns.mean", 0)
@@ -298,7 +294,7 @@ def _pictures(results: Results) -> list[Picture]:
 
 def _notes(results: Results) -> list[str]:
     ideal, kernels = (_planned(results, one, "decode_ms", 0, "requests") for one in (IDEAL, KERNELS))
-    gain = _over(kernels, ideal)
+    gain = quotient(kernels, ideal)
     return [
         "The published switch ratios are those of the paths: 1 TB/s of the whole SN40L node against one PCIe link of a "
         "DGX. Steps are cut over eight GPUs in both, so eight links could carry the eight shares of a model.",

@@ -7,12 +7,12 @@ step costs the same whatever the context: `artifact`), once by the tokens in the
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
-from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
+from megalith.plan.machine_design import Machine as PricedMachine
+from megalith.report.plot_sweep import Curve
 from megalith.report.table import Column, Table
 from megalith.sim.run import simulate
 from megalith.sim.scenario import Scenario
@@ -21,8 +21,9 @@ from megalith.specs import catalog
 from megalith.specs.arrivals import PoissonArrivals
 from megalith.specs.fleet import FleetSpec, HandoffSpec, LinkSpec, PolicySpec, PoolSpec
 from megalith.specs.slo import SPLITWISE_SLO
+from megalith.specs.workload import WorkloadSpec
 from megalith.specs.workload_catalog import workloads
-from megalith.studies.results import Results
+from megalith.studies.results import Results, crossing, quotient
 from megalith.studies.study import Arm, Case, Claim, Experiment, Finding, Gate, Judgement, Picture, Simulated, Study
 
 GIB = 1 << 30
@@ -94,33 +95,40 @@ def scenario(case: Case, timer: str, fast_s: float = FAST_S) -> Scenario:
     design = DESIGNS[case.arm]
     pools: tuple[PoolSpec, ...]
     if design.token is None:
-        pools = (_pool("all", design.prompt, "mixed"),)
+        pools = (pool_of("all", *design.prompt, "mixed"),)
         router = PolicySpec(name="least-tokens")
     else:
-        pools = (_pool("prompt", design.prompt, "prefill"), _pool("token", design.token, "decode"))
+        pools = (pool_of("prompt", *design.prompt, "prefill"), pool_of("token", *design.token, "decode"))
         lengths = "predicted" if design is GUESSED else "capped"
         router = PolicySpec(name="splitwise", options={"transfer": "push", "lengths": lengths})
     load = msgspec.structs.replace(
         workloads()["azure-conv"].spec, arrivals=PoissonArrivals(rate_per_s=case.at), requests=None,
         duration_s=fast_s if case.fast else FULL_S, max_new=1024 if design is GUESSED else "true",
     )  # fmt: skip
+    return scenario_of(pools, router, load, timer, case.seed)
+
+
+def scenario_of(pools: tuple[PoolSpec, ...], router: PolicySpec, load: WorkloadSpec, timer: str, seed: int) -> Scenario:
+    """BLOOM-176B under nine limits against a lone A100, KV sent as splitwise-sim sends it."""
     fleet = FleetSpec(
         pools=pools, router=router, link=LinkSpec(bytes_per_s=LINK_BYTES_PER_S, contention=False),
         handoff=HandoffSpec(whole_blocks=False),
     )  # fmt: skip
     return Scenario(
-        model="bloom-176b", timer=timer, seed=case.seed, sample_s=0, slo=SPLITWISE_SLO, fleet=fleet, workload=load,
+        model="bloom-176b", timer=timer, seed=seed, sample_s=0, slo=SPLITWISE_SLO, fleet=fleet, workload=load,
         reference=A100.device,
     )  # fmt: skip
 
 
-def _pool(name: str, machines: tuple[Machine, int], role: str) -> PoolSpec:
-    machine, count = machines
-    fixed = PoolSpec(
+def pool_of(
+    name: str, machine: Machine | PricedMachine, count: int, role: Literal["mixed", "prefill", "decode"]
+) -> PoolSpec:
+    """So many machines of one kind, eight devices each, set as in splitwise-sim."""
+    return PoolSpec(
         name=name, device=machine.device, count=count, tensor_parallel=8, policy="splitwise", token_budget=2048,
         max_sequences=512, kv_blocks=KV_BLOCKS, prefix_cache=False, watermark=0.0, power_cap=machine.power_cap,
+        role=role,
     )  # fmt: skip
-    return msgspec.structs.replace(fixed, role=role)
 
 
 def _task(timer: str, fast_s: float) -> Callable[[Case], Simulated]:
@@ -174,12 +182,13 @@ def _gates(results: Results, cells: Table) -> list[Gate]:
         return gates
     tails = [results.middle("context", design.arm.name, "tpot=5x@p99", 60.0) for design in (HH_WIDE, BASE_H)]
     old = [results.middle("context", design.arm.name, "tpot=1.25x@p50", 60.0) for design in (AA, BASE_A)]
+    shorter, worse = quotient(*tails), quotient(*old)
     return [
         *gates,
         Gate("AA over Base-A100, decode by context", gain("context", AA_WIDE, BASE_A), 1.0, 1.3, "expected 1.0 to 1.3"),
         Gate("HH over Base-H100, decode by context", gain("context", HH_WIDE, BASE_H), 0.85, 1.3, "1.0 within 15 %"),
-        Gate("HH over Base-H100, TPOT p99 at 60/s by context", _over(*tails), 0.0, 0.95, "shorter tails: 1.48, 1.82"),
-        Gate("AA as published, TPOT p50 at 60/s by context", _over(*old), 1.05, 3.0, "worse than Base-A100: 2.3, 1.53"),
+        Gate("HH over Base-H100, TPOT p99 at 60/s by context", shorter, 0.0, 0.95, "shorter tails: 1.48, 1.82"),
+        Gate("AA as published, TPOT p50 at 60/s by context", worse, 1.05, 3.0, "worse than Base-A100: 2.3, 1.53"),
     ]
 
 
@@ -204,24 +213,15 @@ def _cells(results: Results) -> Table:
     return table
 
 
-def capacity(curve: dict[float, list[float]]) -> float | None:
-    """The rate at which the worst slowdown first reaches its limit, on straight lines between rates (medians over
-    seeds); None where it does not within the sweep."""
-    points = [(rate, median(values)) for rate, values in sorted(curve.items())]
-    for (low, before), (high, after) in pairwise(points):
-        if before <= 1 < after:
-            return low + (high - low) * (1 - before) / (after - before)
-    return None
+def capacity(curve: Curve) -> float | None:
+    """The rate at which the worst slowdown first reaches its limit; None where it does not within the sweep."""
+    return crossing(curve, rising=True)
 
 
 def _gain(results: Results, experiment: str, on: Design, off: Design) -> tuple[float | None, str, str]:
     rates = [capacity(results.curve(experiment, design.arm.name, "worst")) for design in (on, off)]
     with_it, without = ("-" if rate is None else f"{rate:.3g} req/s" for rate in rates)
-    return _over(*rates), with_it, without
-
-
-def _over(over: float | None, under: float | None) -> float | None:
-    return over / under if over is not None and under else None
+    return quotient(*rates), with_it, without
 
 
 def _worst(results: Results, experiment: str, design: Design, rate: float) -> float | None:

@@ -19,12 +19,11 @@ from megalith.sim.scenario import Scenario
 from megalith.sim.sweep import Point, PointResult
 from megalith.specs import catalog
 from megalith.specs.arrivals import PoissonArrivals
-from megalith.specs.fleet import FleetSpec, HandoffSpec, LinkSpec, PolicySpec, PoolSpec
-from megalith.specs.slo import SPLITWISE_SLO
+from megalith.specs.fleet import PolicySpec, PoolSpec
 from megalith.specs.workload_catalog import workloads
 from megalith.studies.results import Results
 from megalith.studies.run import StudyPoint
-from megalith.studies.splitwise import A100, KV_BLOCKS, LINK_BYTES_PER_S, MOST_TOKENS
+from megalith.studies.splitwise import MOST_TOKENS, pool_of, scenario_of
 from megalith.studies.study import Arm, Case, Claim, Experiment, Finding, Gate, Judgement, Picture, Simulated, Study
 
 POWER = 40 * 44.0
@@ -63,24 +62,18 @@ def mix(arm: str, share: float) -> Mix:
 def scenario(one: Mix, mode: str, seed: int) -> Scenario:
     """Conversation lengths drawn independently, Poisson arrivals, nine limits against a lone A100."""
     if one.token is None:
-        pools, router = (_pool("all", one.prompt, one.prompts, "mixed"),), PolicySpec(name="least-tokens")
+        pools: tuple[PoolSpec, ...] = (pool_of("all", one.prompt, one.prompts, "mixed"),)
+        router = PolicySpec(name="least-tokens")
     else:
         pools = (
-            _pool("prompt", one.prompt, one.prompts, "prefill"),
-            _pool("token", one.token, one.tokens, "decode"),
-        )  # type: ignore[assignment]
+            pool_of("prompt", one.prompt, one.prompts, "prefill"),
+            pool_of("token", one.token, one.tokens, "decode"),
+        )
         router = PolicySpec(name="splitwise", options={"transfer": "push", "lengths": "capped"})
     load = msgspec.structs.replace(
         workloads()["azure-conv"].spec, arrivals=PoissonArrivals(rate_per_s=1.0), requests=None, max_new="true"
     )
-    fleet = FleetSpec(
-        pools=pools, router=router, link=LinkSpec(bytes_per_s=LINK_BYTES_PER_S, contention=False),
-        handoff=HandoffSpec(whole_blocks=False),
-    )  # fmt: skip
-    return Scenario(
-        model="bloom-176b", timer=f"splitwise:{mode}", seed=seed, sample_s=0, slo=SPLITWISE_SLO, fleet=fleet,
-        workload=load, reference=A100.device,
-    )  # fmt: skip
+    return scenario_of(pools, router, load, f"splitwise:{mode}", seed)
 
 
 def measure(point: Point) -> PointResult:
@@ -221,14 +214,6 @@ def _chosen(results: Results) -> Table:
                 continue
             table.add(mode, title, one.mix.design, one.mix.sizes, one.times, one.rate, one.cost, one.power)
     return table
-
-
-def _pool(name: str, machine: Machine, count: int, role: str) -> PoolSpec:
-    return PoolSpec(
-        name=name, device=machine.device, count=count, tensor_parallel=8, policy="splitwise", token_budget=2048,
-        max_sequences=512, kv_blocks=KV_BLOCKS, prefix_cache=False, watermark=0.0, power_cap=machine.power_cap,
-        role=role,  # type: ignore[arg-type]
-    )  # fmt: skip
 
 
 _LOAD = "BLOOM-176B, conversation lengths drawn independently, Poisson"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from megalith.report.plot_sweep import Curve
 from megalith.report.table import Column, Nature, Table
+from megalith.studies.results import quotient
 from megalith.studies.study import Claim, Finding
 
 INDEPENDENT = 0.05
@@ -28,17 +29,17 @@ class Square(NamedTuple):
     @property
     def alone(self) -> tuple[float | None, float | None]:
         """The gain of each mechanism without the other."""
-        return _over(self.first, self.neither), _over(self.second, self.neither)
+        return quotient(self.first, self.neither), quotient(self.second, self.neither)
 
     @property
     def beside(self) -> tuple[float | None, float | None]:
         """The gain of each mechanism where the other is there."""
-        return _over(self.both, self.second), _over(self.both, self.first)
+        return quotient(self.both, self.second), quotient(self.both, self.first)
 
     @property
     def interaction(self) -> float | None:
         """The gain beside the other over that alone, the same for both: 1 when gains multiply."""
-        return _over(self.beside[0], self.alone[0])
+        return quotient(self.beside[0], self.alone[0])
 
 
 def claim(key: str, first: str, second: str, setting: str) -> Claim:
@@ -88,10 +89,6 @@ def square_table(
 def curve(squares: Mapping[float, Square]) -> Curve:
     """The interaction along an axis, for a picture."""
     return {at: [value] for at, one in squares.items() if (value := one.interaction) is not None}
-
-
-def _over(value: float | None, base: float | None) -> float | None:
-    return None if value is None or not base else value / base
 
 
 def _times(value: float | None) -> str:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from statistics import mean, median
 
-import msgspec
-
-from megalith.specs.arrivals import GammaArrivals
-from megalith.specs.workload_catalog import workloads
 from megalith.studies import tension
 from megalith.studies.llumnix import (
     FREENESS,
     OFF,
     ON,
+    bursts,
     fleet_of,
     pool_of,
     scaling,
@@ -35,9 +32,7 @@ THRESHOLDS = (*FREENESS, 110.0, 140.0)
 
 
 def _fixed(case: Case) -> Simulated:
-    arrivals, requests = GammaArrivals(rate_per_s=2.0, cv=2.0), 500 if case.fast else 2500
-    load = msgspec.structs.replace(workloads()["llumnix-l"].spec, arrivals=arrivals, requests=requests)
-    return task_of(scenario_of(fleet_of(case.arm, pool_of(int(case.at))), load, case.seed))
+    return task_of(scenario_of(fleet_of(case.arm, pool_of(int(case.at))), bursts(case), case.seed))
 
 
 def _cheapest(results: Results, experiment: str, arm: str, limit_s: float) -> float | None:

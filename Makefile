@@ -12,8 +12,9 @@ DEV    := $(VENV)/.megalith-dev
 run: $(STAMP)            ## set up, then serve $(MODEL) on http://127.0.0.1:$(PORT)/v1
 	$(BIN)/megalith serve $(MODEL) --port $(PORT)
 
-test: lint compiled      ## set up, then check style, types, floors and run every test
-	$(BIN)/python -m pytest
+test: $(DEV)             ## set up, then check style, types, floors and run every test
+	$(MAKE) -j2 lint compiled
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 compiled: $(DEV)         ## compile the simulator's inner modules again, if a source has changed
 	-$(BIN)/python -m megalith.base.compile

@@ -169,12 +169,12 @@ def test_a_line_is_its_steps(case: tuple[str, int, str], decodes: int, mean: int
 @given(CASE, st.integers(1, 90), st.integers(0, 500_000), st.integers(1, 999))
 @settings(deadline=None, max_examples=40)
 def test_more_takes_no_less(case: tuple[str, int, str], decodes: int, context: int, more: int) -> None:
-    """Context never; one decode more within the 3 % by which a list schedule may be lucky."""
+    """Context never; one decode more within the 10 % by which a list schedule may be lucky."""
     timer = TIMERS[case]
     step = timer.step_ps((), decodes, context, context)
     assert step > 0
     assert timer.step_ps((), decodes, context + more, context + more) >= step * 0.999
-    assert timer.step_ps((), decodes + 1, context + more, context + more) >= step * 0.97
+    assert timer.step_ps((), decodes + 1, context + more, context + more) >= step * 0.9
     chunk = Prompt(more + 1, context, True)
     assert timer.step_ps([chunk], decodes, context, context) > step
     assert timer.step_ps([chunk], decodes, context, context) <= timer.step_ps(

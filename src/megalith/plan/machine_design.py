@@ -96,6 +96,8 @@ def choose(
             continue
         most = min(cost / one.mix.cost, power / one.mix.power)
         times = most if objective == "rate" else rate / one.rate
+        if times == inf:  # a rate so small that no number of machines adds up to what is asked
+            continue
         # A hair of slack: a size that just fits is worked out by dividing.
         if times <= most * (1 + 1e-9) and times * one.rate >= rate * (1 - 1e-9):
             sized.append(Sized(one.mix, times, times * one.rate, times * one.mix.cost, times * one.mix.power))

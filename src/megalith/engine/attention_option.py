@@ -64,6 +64,8 @@ def check_attention(config: EngineConfig, spec: ModelSpec) -> AttentionOption:
         raise ConfigError(
             f"The native backend attends in its own step, not in {config.attention}.", "Use --mode float32 or bf16."
         )
+    if config.device != "cpu":
+        raise ConfigError(f"{config.attention} is for the torch runner on the CPU so far.", "Use --device cpu.")
     if config.preempt == "swap":
         raise ConfigError(f"With {config.attention} there are no host blocks to swap to.", "Use --preempt recompute.")
     if option.place == "storage" and not Path(option.folder).is_dir():

@@ -46,8 +46,9 @@ class SpreadKv:
         """Bring here what the step writes to, and tell lenders whose blocks they attend to."""
         self.group.check()
         runs = runs_of(batch, self.shape.block_tokens)
+        wanted = self._wanted(runs)
         try:
-            self._make_local(runs)
+            self._make_local(wanted)
             return SpreadStep(self, runs)
         except StepFailed as error:
             raise self.group.broken(error) from None
@@ -71,14 +72,18 @@ class SpreadKv:
         """End the lenders."""
         self.group.close()
 
-    def _make_local(self, runs: list[Run]) -> None:
+    def _wanted(self, runs: list[Run]) -> dict[int, bool]:
+        """Blocks that the step writes to, and whether they were begun before: then their contents count."""
         tokens = self.shape.block_tokens
         wanted: dict[int, bool] = {}
         for run in runs:
             for block, index in run.blocks[run.first // tokens :].tolist():
-                wanted[block] = index * tokens < run.first  # begun before: its contents count
+                wanted[block] = index * tokens < run.first
         if len(wanted) > self.shape.num_blocks:
             raise StepFailed(f"The step writes to {len(wanted)} blocks; this instance has {self.shape.num_blocks}.")
+        return wanted
+
+    def _make_local(self, wanted: dict[int, bool]) -> None:
         self._steps += 1
         self._written[list(wanted)] = self._steps
         missing = [block for block in wanted if self._place[block] != _HERE]

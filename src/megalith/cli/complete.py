@@ -49,10 +49,13 @@ class Where:
     """Hard limit for weights and KV, such as 4GiB."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
+    attention: str | None = None
+    """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
 
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
         settings = {"device": self.device, "mode": self.mode, "threads": self.threads}
+        settings["attention"] = self.attention
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")

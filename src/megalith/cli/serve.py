@@ -61,6 +61,8 @@ class EngineFlags:
     """recompute or swap. [default: recompute]"""
     threads: int | None = None
     """CPU threads; by default one for each core."""
+    attention: str | None = None
+    """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -70,7 +72,7 @@ class EngineFlags:
             "model": model, "device": self.device, "mode": self.mode, "max_context": self.context,
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
-            "threads": self.threads, "record": self.record,
+            "threads": self.threads, "attention": self.attention, "record": self.record,
         }  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class EngineConfig(Config):
     """Threads of the CPU backend; None: one for each core that this process may use."""
     max_waiting: int = 1024
     """Requests that may wait for admission; one more is refused with QueueFull."""
+    attention: str = "here"
+    """`here`, or in other processes: `workers:N`, `spread:N`, `storage:FOLDER`, `storage:FOLDER/keep=N`."""
     record: str | None = None
     """New file that every scheduling decision is written to, for the shadow test; gzip when it ends in .gz."""
 

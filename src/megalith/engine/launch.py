@@ -20,6 +20,7 @@ from megalith.base.units import format_bytes, format_duration
 from megalith.cost.profile import RunnerKind
 from megalith.engine.admission import Admission
 from megalith.engine.api import EngineConfig
+from megalith.engine.attention_option import check_attention, check_room, parse_attention
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
@@ -86,9 +87,11 @@ def build_engine(
     spans = Spans()
     with spans.of("open the model", progress):
         model = open_model(config.model)
+    option = check_attention(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         fit = _sizes(config, model, kind)
+        check_room(option, config, fit.num_blocks)
     if on_plan is not None:
         on_plan(fit)
     with spans.of("load the weights", progress):
@@ -138,7 +141,8 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
         raise ConfigError(f"device is {config.device!r}.", "Use cpu, cuda or cuda:N.")
     if config.mode in ("float32", "bf16"):
         return "torch-cpu", f"torch on the CPU in {config.mode}"
-    reason = why_not_native(model)
+    away = parse_attention(config.attention).elsewhere
+    reason = f"attention runs in {config.attention}" if away else why_not_native(model)
     if reason is None:
         return "native", "native CPU backend"
     if config.mode == "native":
@@ -148,6 +152,18 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
 
 
 def _sizes(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
+    """The plan of one instance; where several share each request's KV, the context that they hold together."""
+    instances = parse_attention(config.attention).instances
+    if instances == 1:
+        return _one_size(config, model, kind)
+    asked = config.max_context
+    each = msgspec.structs.replace(config, max_context=None if asked is None else -(-asked // instances))
+    fit = _one_size(each, model, kind)
+    together = fit.num_blocks * config.block_tokens * instances
+    return replace(fit, max_context=min(asked or model.spec.max_context, together))
+
+
+def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
     planned = replace(resolve(str(model.files.path)), name=model.files.name)
     if kind == "torch-cpu" and config.mode != "float32":
         from megalith.engine.torch_linear import cpu_has_bf16
@@ -181,7 +197,7 @@ def _runner(config: EngineConfig, model: OpenModel, fit: Fit) -> Runner:
     return TorchRunner(
         model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
-        threads=threads,
+        threads=threads, attention=parse_attention(config.attention),
     )  # fmt: skip
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from megalith.base.errors import EngineError, MachineError, StepFailed
+from megalith.engine.attention_option import HERE, AttentionOption
+from megalith.engine.attention_workers import KvElsewhere, KvShape, open_attention
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
 from megalith.engine.sampling import plain_rows, sample
 from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
 from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16, packed_linear
 from megalith.model.checkpoint import Checkpoint
-from megalith.model.transformer import Transformer, plain_linear
+from megalith.model.transformer import Attend, Transformer, plain_linear
 from megalith.specs.model import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class TorchRunner:
 
     dtype float32: weights, activations and KV in float32. bf16: all in bfloat16; on a CPU without bfloat16 instructions
     weights and activations are float32 and only KV is bfloat16 (`widen`): emulated products take ten times as long.
+    `attention` elsewhere: KV lies in other processes (engine.attention_workers), and there is nothing to swap.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class TorchRunner:
         num_host_blocks: int = 0,
         threads: int | None = None,
         widen: bool | None = None,
+        attention: AttentionOption = HERE,
     ) -> None:
         self._device = open_device(device)
         on_cpu = self._device.type == "cpu"
@@ -63,6 +67,14 @@ class TorchRunner:
         self.num_host_blocks = num_host_blocks
         self._spec = spec
         self._windows = [spec.layer_window(layer) for layer in range(spec.num_layers)]
+        kv_type = torch.float32 if dtype == "float32" else torch.bfloat16
+        self.elsewhere: KvElsewhere | None = None
+        """Where KV is, when it is not here."""
+        if attention.elsewhere:
+            shape = KvShape(spec, block_tokens, num_blocks, compute, kv_type)
+            self.elsewhere = open_attention(attention, shape, threads or 1)
+            self.num_blocks = self.elsewhere.num_blocks
+            num_blocks = num_host_blocks = self.num_host_blocks = 0
         with torch.inference_mode():
             self._model = Transformer(
                 checkpoint, dtype=compute, device=self._device, make_linear=packed_linear if on_cpu else plain_linear
@@ -71,11 +83,12 @@ class TorchRunner:
                 (spec.num_layers, spec.num_kv_heads, spec.head_dim),
                 blocks=(num_blocks, num_host_blocks),
                 block_tokens=block_tokens,
-                dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+                dtype=kv_type,
                 device=self._device,
             )
         self.block_bytes = self._kv.block_bytes
-        self._graphs = None if on_cpu else StaticDecodes(self._model, self._kv, self._windows, capture=True)
+        static = not on_cpu and self.elsewhere is None
+        self._graphs = StaticDecodes(self._model, self._kv, self._windows, capture=True) if static else None
         self._closed = False
 
     def step(self, batch: StepBatch, sampling: SamplingBatch) -> StepResult:
@@ -107,7 +120,8 @@ class TorchRunner:
         if self._closed:
             return {"weights": 0, "kv": 0, "activations": 0}
         packed = sum(m.weight_bytes for m in self._model.modules() if isinstance(m, PackedLinear))
-        return {"weights": self._model.weight_bytes() + packed, "kv": self._kv.num_bytes(), "activations": 0}
+        away = self.elsewhere.num_bytes() if self.elsewhere is not None else 0
+        return {"weights": self._model.weight_bytes() + packed, "kv": self._kv.num_bytes() + away, "activations": 0}
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -115,6 +129,8 @@ class TorchRunner:
             self._closed = True
             del self._model, self._kv
             self._graphs = None
+            if self.elsewhere is not None:
+                self.elsewhere.close()
 
     def _forward(self, batch: StepBatch) -> Tensor:
         """Logits [N, V] of the output rows, on the device."""
@@ -122,7 +138,10 @@ class TorchRunner:
             raise EngineError("This runner has been closed.")
         if self._graphs is not None and self._graphs.takes(batch):
             return self._graphs.run(batch)
-        attend = StepAttention(self._kv, batch, self._windows, self._spec.attention_scale)
+        if self.elsewhere is not None:
+            attend: Attend = self.elsewhere.step(batch)
+        else:
+            attend = StepAttention(self._kv, batch, self._windows, self._spec.attention_scale)
         tokens_M = torch.from_numpy(batch.tokens_M.astype(np.int64)).to(self._device)
         positions_M = torch.from_numpy(batch.positions_M.astype(np.int64)).to(self._device)
         hidden_MD = self._model(tokens_M, positions_M, attend)

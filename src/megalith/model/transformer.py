@@ -22,7 +22,8 @@ from megalith.specs.model import ModelSpec, Rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q_MHE, k_MKE, v_MKE) -> o_MHE: stores K and V, and scales by `spec.attention_scale` within
-`spec.layer_window(layer)`. Rotary embedding is already applied."""
+`spec.layer_window(layer)`. Rotary embedding is already applied. One with a method early(layer, q_MHE) is given q first,
+before k and v are computed."""
 
 LinearFactory = Callable[[str, Tensor, Tensor | None], nn.Module]
 """make_linear(name, weight [out, in], bias or None) -> a module from [M, in] to [M, out]; name is canonical."""
@@ -187,6 +188,8 @@ class _Layer(nn.Module):
         rows, (heads, kv_heads), turn = hidden_MD.shape[0], self.heads, turns[1 if self.local else 0]
         x = self.attn_norm(hidden_MD)
         q_MHE = _rotated(self.q_norm(self.q(x).view(rows, heads, self.head_dim)), turn)
+        if (early := getattr(attend, "early", None)) is not None:  # attention elsewhere: q leaves before k, v exist
+            early(self.index, q_MHE)
         k_MKE = _rotated(self.k_norm(self.k(x).view(rows, kv_heads, self.head_dim)), turn)
         v_MKE = self.v(x).view(rows, kv_heads, self.head_dim)
         attended = attend(self.index, q_MHE, k_MKE, v_MKE).reshape(rows, heads * self.head_dim)

@@ -98,37 +98,28 @@ class DirectFile:
         return handle
 
     def _move(self, offset: int, view: memoryview, *, write: bool) -> None:
-        """The aligned part straight, the rest through the page cache."""
-        straight = 0
-        if self.direct and view.nbytes >= ALIGN and not (offset % ALIGN or address_of(view) % ALIGN):
-            straight = view.nbytes // ALIGN * ALIGN
-            self._loop(self._open(self._straight), offset, view[:straight], write=write)
-        if straight < view.nbytes:
-            self._loop(self._open(self._plain), offset + straight, view[straight:], write=write)
-
-    def _loop(self, handle: int, offset: int, view: memoryview, *, write: bool) -> None:
-        """Move all of `view`: the system may do less than it was asked for in one call."""
-        done, doing = 0, "Writing" if write else "Reading"
+        """Move all of `view`: the system may do less than it was asked for in one call, and stop anywhere."""
+        done, doing = 0, f"{'Writing' if write else 'Reading'} {view.nbytes} bytes at {offset} of {self.path}"
+        self._open(self._plain)
+        together = self.direct and offset % ALIGN == address_of(view) % ALIGN
         while done < view.nbytes:
-            piece = view[done : done + PIECE_BYTES]
+            most, unaligned = min(view.nbytes - done, PIECE_BYTES), (offset + done) % ALIGN
+            straight = together and not unaligned and most >= ALIGN
+            if straight:
+                most -= most % ALIGN
+            elif together and unaligned:
+                most = min(most, ALIGN - unaligned)
+            handle, piece = self._straight if straight else self._plain, view[done : done + most]
             try:
-                count = (
-                    os.pwritev(handle, [piece], offset + done) if write else os.preadv(handle, [piece], offset + done)
-                )
+                call = os.pwritev if write else os.preadv
+                count = call(handle, [piece], offset + done)
             except OSError as error:
-                raise _failed(
-                    f"{doing} {view.nbytes} bytes at {offset} of {self.path}, {done} done", self.path, error
-                ) from error
+                raise _failed(f"{doing}, {done} done", self.path, error) from error
             if not count:
-                raise TierError(
-                    f"{doing} {view.nbytes} bytes at {offset} of {self.path}: got {done}, and it ends there.",
-                    "The file was cut short: write it again.",
-                )
+                raise TierError(f"{doing}: got {done}, and it ends there.", "It was cut short: write it again.")
+            if not straight:
+                self._forget(offset + done, count, write=write)
             done += count
-            if done % ALIGN:  # Direct I/O cannot go on from here; mostly this is the end of the file.
-                handle = self._plain
-        if handle == self._plain:
-            self._forget(offset, view.nbytes, write=write)
 
     def _forget(self, offset: int, num_bytes: int, *, write: bool) -> None:
         """Have the page cache drop a range. Only clean pages can be dropped, so what was written is synced first."""

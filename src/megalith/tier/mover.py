@@ -37,6 +37,8 @@ class Move(NamedTuple):
     deadline_ns: int | None = None
     """On the mover's clock. A move that is over later counts as late; it is not dropped. None: whenever."""
     label: str = ""
+    ended: Callable[[BaseException | None], None] | None = None
+    """Called once, whichever way it ends, before the ticket says so: None, or what broke it. For who holds bytes."""
 
 
 class LinkStats(NamedTuple):
@@ -182,12 +184,16 @@ class Mover:
 
         Raises TierError, and returns anyway, when a move does not end in `timeout_ns`; its thread ends with it.
         """
+        dropped = []
         with self._lock:
             self._closed = True
             for link in self._links.values():
                 for *_, ticket in list(link.queue):
                     self._drop(link, ticket, "the mover was closed")
+                    dropped.append(ticket)
             self._lock.notify_all()
+        for ticket in dropped:
+            _end(ticket)
         until_ns = MonotonicClock().now_ns() + timeout_ns
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -206,7 +212,8 @@ class Mover:
                 return False
             self._drop(link, ticket, "it was cancelled")
             self._lock.notify_all()
-            return True
+        _end(ticket)
+        return True
 
     def _drop(self, link: _Link, ticket: Ticket, why: str) -> None:
         """Out of the queue at once, so that who cancels often does not fill it with the dead."""
@@ -215,7 +222,6 @@ class Mover:
         self._waiting -= 1
         link.add(cancelled=1)
         ticket.error = TierError(f"The move of {ticket} was not done: {why}.")
-        ticket._ended.set()
 
     def _take(self) -> tuple[_Link, Ticket, int] | None:
         """The next move to begin, and now; None when closed. Under the lock."""
@@ -261,7 +267,7 @@ class Mover:
                     waited_ns=begin_ns - ticket.submitted_ns,
                 )
                 del self._running[threading.get_ident()]
-                ticket._ended.set()
+            _end(ticket)
             del taken, ticket  # What a move holds on to goes when its ticket does, not when the next one comes.
 
     def __enter__(self) -> Mover:
@@ -271,3 +277,13 @@ class Mover:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _end(ticket: Ticket) -> None:
+    """Tell who holds the bytes, then who waits. Outside the lock: the hook may submit and cancel."""
+    if ticket.move.ended is not None:
+        try:
+            ticket.move.ended(ticket.error)
+        except BaseException as error:
+            ticket.error = ticket.error or error
+    ticket._ended.set()

@@ -10,9 +10,11 @@
     +-- CapacityError          the numbers do not fit
     |   +-- DoesNotFit         a plan against a memory limit
     |   +-- QueueFull          admission refused for now (HTTP 429)
+    |   +-- PoolFull           a pool of a tier is at its cap in bytes
     +-- EngineError            the engine could not finish something it had accepted
     |   +-- StepFailed         one request broke a step; the others go on
     |   +-- EngineStopped      the engine is draining or stopped (HTTP 503)
+    +-- TierError              bytes that could not be moved, read back or believed (disk, memory, a corrupted block)
     +-- MachineError           this machine lacks something (compiler, device, disk space)
 
 An expected failure prints one paragraph: what happened, with numbers, and the nearest thing that works. It never
@@ -86,6 +88,10 @@ class QueueFull(CapacityError):
         self.retry_after_s = retry_after_s
 
 
+class PoolFull(CapacityError):
+    """A pool of a tier has too few bytes left under its cap."""
+
+
 class EngineError(MegalithError):
     """The engine could not finish something that it had accepted."""
 
@@ -96,6 +102,10 @@ class StepFailed(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is draining or stopped."""
+
+
+class TierError(MegalithError):
+    """Bytes could not be moved, read back or believed: a full or failing disk, a short file, a corrupted block."""
 
 
 class MachineError(MegalithError):

@@ -5,9 +5,6 @@ Part of `probe`. Writes one file of its own and removes it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import mmap
 import os
 import random
 import tempfile
@@ -17,6 +14,8 @@ from pathlib import Path
 
 from megalith.base.errors import MachineError
 from megalith.base.units import GIB, MIB, NS_PER_S, format_bytes
+from megalith.tier.disk import open_direct
+from megalith.tier.memory import HugeBuffer
 
 _FILE_BYTES = 512 * MIB
 _CHUNK_BYTES = 4 * MIB
@@ -24,16 +23,6 @@ _RANDOM = ((4 << 10, 1_000), (64 << 10, 500), (1 * MIB, 150))
 """(bytes of a read, reads)."""
 _LIMIT_NS = 6 * NS_PER_S
 """No single disk figure takes longer; a slow disk is measured over less."""
-_DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-def aligned_buffer(num_bytes: int) -> mmap.mmap:
-    """Anonymous memory, page-aligned, huge pages where the kernel gives them (reads are up to three times faster)."""
-    buffer = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
 
 
 def disk_figures(folder: Path, note: Callable[[str], None]) -> Iterator[tuple[str, float]]:
@@ -52,12 +41,12 @@ def disk_figures(folder: Path, note: Callable[[str], None]) -> Iterator[tuple[st
 
 
 def _measure(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, float]]:
-    direct = _open_direct(path, os.O_WRONLY)
+    direct = open_direct(path, os.O_WRONLY)
     if direct is None:
         note(f"disk: {path.parent} does not allow O_DIRECT, so the page cache is in these figures")
     size, rate = _write(path, direct)
     yield "disk_sequential_write_bytes_per_s", rate
-    handle = _open_direct(path, os.O_RDONLY)
+    handle = open_direct(path, os.O_RDONLY)
     handle = os.open(path, os.O_RDONLY) if handle is None else handle
     try:
         yield "disk_sequential_read_bytes_per_s", _sequential(handle, size)
@@ -68,27 +57,15 @@ def _measure(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, flo
         os.close(handle)
 
 
-def _open_direct(path: Path, flags: int) -> int | None:
-    """A descriptor that goes past the page cache, or None where the file system refuses."""
-    if not _DIRECT:
-        return None
-    try:
-        return os.open(path, flags | _DIRECT)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return None
-        raise
-
-
 def _write(path: Path, direct: int | None) -> tuple[int, float]:
     """Fill the file; (bytes written, bytes a second)."""
     handle = os.open(path, os.O_WRONLY) if direct is None else direct
-    buffer = aligned_buffer(_CHUNK_BYTES)
-    buffer[:] = random.Random(1).randbytes(_CHUNK_BYTES)
+    buffer = HugeBuffer(_CHUNK_BYTES)
+    buffer.view[:] = random.Random(1).randbytes(_CHUNK_BYTES)
     written, begin_ns = 0, time.perf_counter_ns()
     try:
         while written < _FILE_BYTES and time.perf_counter_ns() - begin_ns < _LIMIT_NS:
-            written += os.pwrite(handle, buffer, written)
+            written += os.pwrite(handle, buffer.view, written)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -98,12 +75,12 @@ def _write(path: Path, direct: int | None) -> tuple[int, float]:
 
 def _sequential(handle: int, size: int) -> float:
     """Best of two passes, in chunks of 4 MiB."""
-    buffer, best = aligned_buffer(_CHUNK_BYTES), 0.0
-    buffer[:1] = b"\0"
+    buffer, best = HugeBuffer(_CHUNK_BYTES), 0.0
+    buffer.view[:1] = b"\0"
     for _ in range(2):
         done, begin_ns = 0, time.perf_counter_ns()
         while done < size and time.perf_counter_ns() - begin_ns < _LIMIT_NS:
-            done += os.preadv(handle, [buffer], done) or size
+            done += os.preadv(handle, [buffer.view], done) or size
         best = max(best, min(done, size) * NS_PER_S / (time.perf_counter_ns() - begin_ns))
     buffer.close()
     return best
@@ -111,14 +88,12 @@ def _sequential(handle: int, size: int) -> float:
 
 def _random(handle: int, size: int, piece: int, reads: int) -> float:
     """Reads of `piece` bytes at random aligned places, one at a time."""
-    draw, buffer = random.Random(2), aligned_buffer(max(piece, mmap.PAGESIZE))
-    view = memoryview(buffer)[:piece]
+    draw, buffer = random.Random(2), HugeBuffer(piece)
     done, begin_ns = 0, time.perf_counter_ns()
     for _ in range(reads):
-        done += os.preadv(handle, [view], draw.randrange(size // piece) * piece)
+        done += os.preadv(handle, [buffer.view], draw.randrange(size // piece) * piece)
         if time.perf_counter_ns() - begin_ns > _LIMIT_NS // 2:
             break
     rate = done * NS_PER_S / (time.perf_counter_ns() - begin_ns)
-    view.release()
     buffer.close()
     return rate

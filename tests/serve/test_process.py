@@ -278,3 +278,19 @@ def test_the_official_client_talks_to_smollm2(tmp_path: Path) -> None:
                 client.embeddings.create(model="smollm2", input="x")
         process.signal(signal.SIGTERM)
         assert process.popen.wait(30) == 0
+
+
+def test_a_limit_is_held_from_outside_and_its_peak_printed(tiny_arguments: list[str], tmp_path: Path) -> None:
+    for means, said in (("auto", "measured from outside"), ("measure", "sampled, not imposed")):
+        arguments = [*tiny_arguments, "--memory", "512MiB", "--limit-by", means]
+        with started(*arguments, home=tmp_path) as process:
+            with httpx2.Client(base_url=process.url, trust_env=False) as client:
+                assert client.get("/health").status_code == 200
+            process.signal(signal.SIGTERM)
+            assert process.popen.wait(20) == 0
+            lines = [json.loads(line) for line in process.errors().splitlines() if line.startswith('{"event": "peak')]
+        assert [line["event"] for line in lines] == ["peak at ready", "peak at exit"]
+        for line in lines:
+            assert 0 < line["peak_bytes"] <= line["limit_bytes"] == 512 << 20
+            assert 0 < line["planned_bytes"] <= 512 << 20
+            assert said in line["means"]

@@ -9,6 +9,7 @@
     |   +-- ModelFormatError   a broken or unsupported file
     +-- CapacityError          the numbers do not fit
     |   +-- DoesNotFit         a plan against a memory limit
+    |   +-- LimitExceeded      a process wanted more memory than its limit
     |   +-- QueueFull          admission refused for now (HTTP 429)
     |   +-- PoolFull           a pool of a tier is at its cap in bytes
     +-- EngineError            the engine could not finish something it had accepted
@@ -78,6 +79,10 @@ class CapacityError(MegalithError):
 
 class DoesNotFit(CapacityError):
     """A plan needs more memory than its limit."""
+
+
+class LimitExceeded(CapacityError):
+    """A process wanted more memory than the limit that it ran in, and was ended."""
 
 
 class QueueFull(CapacityError):

@@ -30,8 +30,9 @@ def doctor(*, json: JsonFlag = False) -> int:
     from megalith.cli import doctor_checks as checks
 
     groups = (
-        checks.python, checks.processor, checks.memory, checks.disk, checks.compiler, checks.native,
-        checks.simulator, checks.torch, checks.dependencies, checks.models, checks.profile, checks.network,
+        checks.python, checks.processor, checks.memory, checks.memory_limit, checks.disk, checks.compiler,
+        checks.native, checks.simulator, checks.torch, checks.dependencies, checks.models, checks.profile,
+        checks.network,
     )  # fmt: skip
     with working("looking"):
         findings = [finding for group in groups for finding in group()]

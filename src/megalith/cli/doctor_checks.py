@@ -110,6 +110,18 @@ def memory() -> Iterable[Finding]:
         yield Finding("huge pages", "ok", f"transparent, {mode}")
 
 
+def memory_limit() -> Iterable[Finding]:
+    """By which means `--memory` is held here."""
+    from megalith.base.memory_group import find_place
+
+    place = find_place()
+    if isinstance(place, str):
+        remedy = "Run as root, or in a scope whose memory controller is delegated (systemd-run --user --scope)."
+        yield Finding("memory limit", "warn", f"--memory is sampled and asserted, not imposed: {place}", remedy)
+    else:
+        yield Finding("memory limit", "ok", f"--memory is imposed by {place.means}, in {place.folder}")
+
+
 def disk() -> Iterable[Finding]:
     """Room and permission where Megalith keeps its files."""
     home = home_dir()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megalith import __version__
 from megalith.base.errors import ConfigError, MegalithError
+from megalith.cli import command_line
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
@@ -55,6 +56,7 @@ def main() -> None:
 def run(tokens: Sequence[str]) -> int:
     """Run one command line and give its exit code; never a traceback for an expected failure."""
     json = "--json" in _own_flags(tokens)
+    command_line.tokens.set(tuple(tokens))
     try:
         code = _dispatch(list(tokens))
         sys.stdout.flush()

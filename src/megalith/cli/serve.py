@@ -48,7 +48,8 @@ class EngineFlags:
     mode: str | None = None
     """auto, native, bf16 or float32. [default: auto]"""
     memory: str | None = None
-    """Hard limit for weights, KV and activations, such as 4GiB; by default what is free, less a margin."""
+    """Hard limit for weights, KV and activations, such as 4GiB; by default what is free, less a margin.
+    On a CPU the server runs inside it (see --limit-by)."""
     context: int | None = None
     """Longest prompt + output in tokens; by default the model's own."""
     max_sequences: int | None = None
@@ -97,6 +98,8 @@ class ServerFlags:
     """Drop unknown request fields instead of refusing them."""
     access_log: str | None = None
     """text, json or off. [default: text]"""
+    limit_by: str | None = None
+    """How --memory is held: cgroup (by the kernel), measure (by samples), off, or auto. [default: auto]"""
     drain: str | None = None
     """How long running requests may go on after SIGTERM, such as 30s. [default: 30s]"""
 
@@ -106,7 +109,7 @@ class ServerFlags:
             "port": self.port, "host": self.host, "api_key_file": self.api_key_file,
             "insecure": self.insecure or None, "cors_origins": self.cors_origin or None,
             "served_names": self.served_model_name or None, "lenient": self.lenient or None,
-            "access_log": self.access_log,
+            "access_log": self.access_log, "limit_by": self.limit_by,
             "drain_timeout_ns": None if self.drain is None else parse_duration_ns(self.drain),
         }  # fmt: skip
 
@@ -138,12 +141,25 @@ def serve(
     """
     begin_ns = time.monotonic_ns()
     try:
-        from megalith.serve.recipe import build_recipe, keep
-        from megalith.serve.run import bind, configure_logging, run_server
+        from megalith.serve.recipe import build_recipe
+
+        recipe = build_recipe(config, {"engine": engine.table(model), "server": server.table()}, assignments)
+        if recipe.engine.memory_bytes is not None:
+            from megalith.cli.limit import held_from_outside, run_again_inside
+
+            limit_by = recipe.server.limit_by
+            if held_from_outside(recipe.engine, limit_by):
+                return run_again_inside(recipe.engine, limit_by, as_json=json)
+        return _serve(recipe, begin_ns, as_json=json)
     except ModuleNotFoundError as error:
         raise _missing(error) from None
 
-    recipe = build_recipe(config, {"engine": engine.table(model), "server": server.table()}, assignments)
+
+def _serve(recipe: ServeRecipe, begin_ns: int, *, as_json: bool) -> int:
+    """Serve in this process."""
+    from megalith.serve.recipe import keep
+    from megalith.serve.run import bind, configure_logging, run_server
+
     with bind(recipe.server) as sock:
         if not recipe.server.on_loopback and recipe.server.api_key_file is None:
             port = sock.getsockname()[1]
@@ -156,7 +172,8 @@ def serve(
         name = (recipe.server.served_names or (built.model.files.name,))[0]
 
         def on_ready(url: str) -> None:
-            _announce(url, name, time.monotonic_ns() - begin_ns, as_json=json)
+            _announce(url, name, time.monotonic_ns() - begin_ns, as_json=as_json)
+            _tell(recipe, ready=True)
 
         return run_server(build_app(built.engine, built.model, recipe.server), recipe.server, sock, on_ready)
 
@@ -167,6 +184,7 @@ def _load(recipe: ServeRecipe) -> BuiltEngine:
 
     def on_plan(fit: Fit) -> None:
         print(fit.text, file=sys.stderr, flush=True)
+        _tell(recipe, planned_bytes=fit.plan.need_bytes)
 
     with contextlib.ExitStack() as shown:
 
@@ -176,6 +194,14 @@ def _load(recipe: ServeRecipe) -> BuiltEngine:
                 shown.enter_context(progress(f"loading {recipe.engine.model}"))
 
         return build_engine(recipe.engine, on_part, on_plan)
+
+
+def _tell(recipe: ServeRecipe, **facts: int | bool) -> None:
+    """Tell the process that holds the limit, where there is one."""
+    if recipe.engine.memory_bytes is not None:
+        from megalith.base.confined import tell
+
+        tell(**facts)
 
 
 def _missing(error: ModuleNotFoundError) -> Exception:

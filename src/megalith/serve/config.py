@@ -59,6 +59,9 @@ class ServerConfig(Config, frozen=True):
     write_buffer_bytes: int = 64 * 1024
     """Bytes that may wait for one client in this process before its stream is held back."""
     access_log: Literal["text", "json", "off"] = "text"
+    limit_by: Literal["auto", "cgroup", "measure", "off"] = "auto"
+    """How `engine.memory_bytes` is held, where it is given: by a control group of the kernel, or by samples taken from
+    outside; auto: the first where the machine allows it; off: by the plan alone."""
     metrics_prefix: str = "megalith"
     """First part of every metric name; `vllm` makes dashboards of vLLM work unchanged where meanings are equal."""
 

@@ -244,7 +244,7 @@ class Search:
 
     def _settle(self, kind: Kind, limit: float, requests: int, start: int | None = None) -> Settle | None:
         """The search in one kind, up to the largest fleet that may come before `limit`; None when there is none."""
-        most = kind.shape.most(self.question.most_devices)
+        most = self.question.most(kind.shape)
         if limit < inf:
             low, high = kind.least.instances - 1, most
             while low < high:

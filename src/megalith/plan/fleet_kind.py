@@ -45,7 +45,7 @@ def find_kind(question: FleetQuestion, load: Load, shape: Shape) -> Kind | Unfit
     if question.minimise == "power" and ability.power is None:
         return Unfit("nobody published what this device draws")
     least = least_instances(ability, load, question.slo)
-    most = shape.most(question.most_devices)
+    most = question.most(shape)
     if least.instances > most:
         return Unfit(f"{least.resource}: more than {question.most_devices:,} devices", least.instances)
     steady = Steady(ability, load, question.slo)

@@ -15,7 +15,7 @@ import msgspec
 
 from megalith.base.errors import MegalithError
 from megalith.plan.attention import AttentionQuestion, plan_attention
-from megalith.plan.fleet_answer import Choice, Contribution, Passed
+from megalith.plan.fleet_answer import Choice, Contribution, FleetPlan, Passed
 from megalith.plan.fleet_bounds import limits
 from megalith.plan.fleet_load import Load
 from megalith.plan.fleet_question import FleetQuestion, Shape
@@ -23,8 +23,12 @@ from megalith.specs import catalog
 
 WORTH = 0.005
 """Savings below that share are none."""
-_DAY_S = 12 * 3600.0
 _WINDOW_S = 600.0
+
+
+POLCA = "more servers under one power budget"
+SCALING = "scaling with the load"
+"""What is decided after the search has this name among the contributions."""
 
 
 class Mechanism(NamedTuple):
@@ -119,13 +123,15 @@ def _compare(
 
 def _scaling(load: Load) -> Contribution:
     """The most that a fleet which follows the load can save: nothing is held back for the peak."""
-    common = {"mechanism": "scaling by forecast", "source": "HARMONY", "nature": "predicted"}
-    if load.span_s < _DAY_S:
-        why = f"the load lasts {load.span_s / 60:.3g} min and has no day in it to foresee"
+    common = {"mechanism": SCALING, "source": "HARMONY", "nature": "predicted"}
+    if load.span_s < 3 * _WINDOW_S:
+        why = f"the load lasts {load.span_s / 60:.3g} min: too short to be followed"
         return _made(**common, state="does not apply", why=why)
-    most = 1 - 1 / load.peak_over_mean(_WINDOW_S)
-    why = f"the busiest ten minutes have {load.peak_over_mean(_WINDOW_S):.3g} times the mean: at most {most:.0%}"
-    return _made(**common, state="pays" if most > WORTH else "does not pay", saves=most, why=why)
+    peak = load.peak_over_mean(_WINDOW_S)
+    why = (
+        f"the busiest ten minutes have {peak:.3g} times the mean: at most {1 - 1 / peak:.0%}; --start SECONDS tries it"
+    )
+    return _made(**common, state="not asked", why=why)
 
 
 def _attention(question: FleetQuestion, load: Load, best: Shape) -> Contribution:
@@ -165,8 +171,8 @@ def _elsewhere(question: FleetQuestion) -> list[Contribution]:
             "why": "one model is served: there is nothing to switch or share (`megalith plan coe` asks for many)",
         },
         {
-            "mechanism": "more servers under one power budget", "source": "POLCA", "state": "not asked",
-            "why": "no row and no budget is given: `megalith plan power --headroom` asks how many it carries",
+            "mechanism": POLCA, "source": "POLCA", "state": "not asked",
+            "why": "no budget is given: --power-budget WATTS tries it",
         },
         {
             "mechanism": "non-blocking pipeline", "source": "EnergonAI",
@@ -177,6 +183,12 @@ def _elsewhere(question: FleetQuestion) -> list[Contribution]:
         why = "one kind of device is offered: name several with --device"
         found.append({"mechanism": "mix of devices", "source": "Mélange", "why": why})
     return [_made(**(common | one)) for one in found]
+
+
+def put(plan: FleetPlan, one: Contribution, runs: int = 0) -> FleetPlan:
+    """The plan with this contribution in the place of what the search said of the mechanism, and after more runs."""
+    changed = [one if old.mechanism == one.mechanism else old for old in plan.contributions]
+    return msgspec.structs.replace(plan, contributions=changed, runs=plan.runs + runs)
 
 
 def _less(shape: Shape, extra: str) -> tuple[str, ...]:

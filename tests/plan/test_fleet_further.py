@@ -13,10 +13,10 @@ from megalith.plan.fleet import plan_fleet
 from megalith.plan.fleet_all import plan_all
 from megalith.plan.fleet_answer import Contribution, FleetPlan
 from megalith.plan.fleet_power import plan_within, under_polca
-from megalith.plan.fleet_question import FleetQuestion, Shape
+from megalith.plan.fleet_question import FleetQuestion, Shape, Size
 from megalith.plan.fleet_scaling import follow
 from megalith.plan.fleet_trial import Probe, probe
-from megalith.plan.mechanisms import POLCA, SCALING
+from megalith.plan.mechanisms import POLCA, SCALING, pipelines
 from megalith.specs.arrivals import CountedArrivals
 from megalith.specs.lengths import FixedLength
 from megalith.specs.posterior import Posterior, write_posterior
@@ -168,3 +168,31 @@ def test_without_a_run_or_a_start_scaling_is_only_bounded(fixed: FleetPlan) -> N
 def test_questions_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         asked(**wrong)
+
+
+def test_pipelines_that_do_not_block_are_tried_where_an_instance_has_several_devices() -> None:
+    """On the measured tables of H100, which say nothing of sending between stages."""
+    big = asked(
+        model="llama-2-70b", devices=("h100-sxm",), tensor_parallel=(4,), weight_format="fp8", max_context=4096,
+        slo=parse_slo("ttft=2s,tpot=50ms"),
+        workload=parse_workload("poisson:rate=2,input=400,output=60,requests=40"), most_devices=16,
+    )  # fmt: skip
+    plan = plan_fleet(big, workers=1)
+    one = said(plan, "non-blocking pipeline")
+    assert (one.nature, one.source) == ("simulated", "EnergonAI")
+    assert one.state in ("pays", "does not pay")
+    base = Shape(device="h100-sxm", tensor_parallel=4, setup="mixed")
+    ways = pipelines(base)
+    assert [(way.devices, way.pipeline) for way in ways] == [(4, "non-blocking"), (4, "blocking")]
+    assert ":tp2:pp2:pipeline=non-blocking" in ways[0].flags(Size(1))
+    assert one.objective is not None
+    price = big.price_usd("h100-sxm")
+    assert price is not None
+    count = round(one.objective / (4 * price))
+    kept = [
+        probe(Probe(question=big, shape=ways[0], size=Size(number), rate_per_s=plan.rate_per_s)).kept
+        for number in (count - 1, count)
+        if number > 0
+    ]
+    assert kept == [False, True][-len(kept) :]
+    assert pipelines(Shape(device="h100-sxm", tensor_parallel=1, setup="mixed")) == []

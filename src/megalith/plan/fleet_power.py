@@ -102,7 +102,7 @@ def _chosen(
         plan.winner, shape=shape, flags=shape.flags(plan.winner.size), trial=trial, power_w=trial.power_w,
         objective=objective, ttft_ns=figures["ttft"], tpot_ns=figures["tpot"], margin=trial.margin,
     )  # fmt: skip
-    beside_w = question.beside_w * shape.tensor_parallel
+    beside_w = question.beside_w * shape.devices
     notes = [
         *plan.notes,
         f"The budget in a fleet file: [power] budget_w = {question.power_budget_w:g}, other_w = {beside_w:g}. Headroom "

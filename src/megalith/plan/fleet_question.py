@@ -86,7 +86,7 @@ class FleetQuestion(Config, kw_only=True):
         rated = catalog.device(shape.device).tdp_w
         if rated is None:
             raise ConfigError(f"Nobody says what {shape.device} is rated for.", "Leave --power-budget out.")
-        return shape.tensor_parallel * (rated + self.beside_w)
+        return shape.devices * (rated + self.beside_w)
 
     def most(self, shape: Shape) -> int:
         """Instances of the largest fleet of a kind: by devices, and by rated power where there is a budget."""
@@ -149,6 +149,9 @@ class Shape(Config, kw_only=True):
     """What `splitwise` reserves for an answer; `predicted` where requests do not say how much they want."""
     extras: tuple[str, ...] = ()
     """What `megalith simulate --policy` takes beside the set-up: a batch policy, a further mechanism."""
+    pipeline_parallel: int = 1
+    pipeline: Literal["queue", "blocking", "non-blocking"] = "queue"
+    """How its stages send, where it has several."""
     start_s: float = 0.0
     """What one more instance takes to serve, where the fleet scales."""
 
@@ -158,13 +161,18 @@ class Shape(Config, kw_only=True):
         return self.setup in SETUPS and SETUPS[self.setup].split
 
     @property
+    def devices(self) -> int:
+        """Of one instance."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
     def smallest(self) -> int:
         """Instances of the smallest fleet."""
         return 2 if self.split else 1
 
     def most(self, devices: int) -> int:
         """Instances that so many devices make."""
-        return devices // self.tensor_parallel
+        return devices // self.devices
 
     def sizes(self, instances: int, prefill_share: float, most: int) -> list[Size]:
         """Sizes of so many instances: one where all do both, else the splits nearest to a share, at most so many."""
@@ -199,12 +207,13 @@ class Shape(Config, kw_only=True):
     def _pool(self, name: str, count: int, role: Literal["mixed", "prefill", "decode"]) -> PoolSpec:
         return PoolSpec(
             name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel,
-            start_s=self.start_s,
+            start_s=self.start_s, pipeline_parallel=self.pipeline_parallel, pipeline=self.pipeline,
         )  # fmt: skip
 
     def flags(self, size: Size) -> str:
         """What `megalith simulate` is told to run it."""
         degree = f":tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        degree += f":pp{self.pipeline_parallel}:pipeline={self.pipeline}" if self.pipeline_parallel > 1 else ""
         start = f":start_s={self.start_s:g}" if self.start_s else ""
         unit = f"x{self.device}{degree}{start}"
         fleet = (
@@ -215,6 +224,7 @@ class Shape(Config, kw_only=True):
     def render(self, size: Size | None = None) -> str:
         """In a few words: `4 x h100-sxm tp2, llumnix`."""
         degree = f" tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        degree += f" pp{self.pipeline_parallel} {self.pipeline}" if self.pipeline_parallel > 1 else ""
         count = "" if size is None else f"{size} x "
         return f"{count}{self.device}{degree}, {self.mechanisms}"
 

@@ -129,7 +129,7 @@ def probe(task: Probe) -> Trial:
     if task.slower != 1.0:
         fleet = replace(fleet, faults=FaultSpec(straggler_share=1.0, straggler_factor=task.slower))
     if task.budget_w is not None:
-        beside_w = question.beside_w * task.shape.tensor_parallel
+        beside_w = question.beside_w * task.shape.devices
         fleet = replace(fleet, power=PowerSpec(budget_w=task.budget_w, other_w=beside_w))
     seed = question.seed if task.seed is None else task.seed
     scenario = question.scenario(fleet, workload=workload, seed=seed)

@@ -73,7 +73,7 @@ def test_every_mechanism_is_answered_for_and_a_fleet_of_prompts_first_can_win(pl
     named = [one.mechanism for one in plan.contributions]
     assert named[:2] == ["SplitFuse", "live migration"]
     assert {one.state for one in plan.contributions} <= {"pays", "does not pay", "does not apply", "not asked"}
-    assert found(plan, "scaling by forecast").state == "does not apply"
+    assert found(plan, "scaling with the load").state == "does not apply"
     lax = FleetQuestion(**(ASKED | {"slo": parse_slo("ttft=300ms,tpot=400ms"), "setups": ("mixed",)}))
     other = plan_fleet(lax, workers=1)
     assert other.winner.objective <= min(value for value in (found(other, "SplitFuse").objective,) if value)

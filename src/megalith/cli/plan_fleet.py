@@ -40,7 +40,11 @@ Examples:
   megalith plan fleet --trace azure-code --model qwen3-32b --slo ttft=2s,tpot=80ms \\
       --device h200 --price h200=6.1 --setup mixed --predict-only
   megalith plan fleet --trace azure-conv --rate 8 --model llama-2-7b --mix prompt \\
-      --slo ttft=2s,tpot=120ms --device l4 --device a10g --device a100-80gb"""
+      --slo ttft=2s,tpot=120ms --device l4 --device a10g --device a100-80gb
+  megalith plan fleet --trace azure-conv --rate 20 --model llama-3.1-8b --setup mixed \\
+      --slo ttft=400ms,tpot=40ms --device a100-80gb --power-budget 2600
+  megalith plan fleet --trace load.csv --model llama-3.1-8b --slo ttft=1s,tpot=60ms \\
+      --device l4 --start 120 --posterior load.posterior"""
 app.help_epilogue = _EXAMPLES
 
 
@@ -74,6 +78,14 @@ class Fleet:
     requests: int = 20_000
     """Of the workload, so many are simulated at most."""
     seed: int = 0
+    power_budget: float | None = None
+    """Watts for all devices and what stands beside them: provisioned by rating, or shared under POLCA."""
+    beside: float = 388.0
+    """Watts beside each device, with --power-budget."""
+    start: float | None = None
+    """Seconds until one more instance serves: may the fleet follow its load?"""
+    posterior: str | None = None
+    """With --start: samples of the load to come, as `megalith forecast --posterior` writes them."""
 
 
 @Parameter(name="*", group="How")
@@ -105,7 +117,7 @@ def fleet(
     json: JsonFlag = False,
 ) -> int:
     """Search and explain."""
-    from megalith.plan.fleet import plan_fleet
+    from megalith.plan.fleet_all import plan_all
 
     what = what or Fleet()
     question, knows = make_question(what, how or Details()), _knows(what.mix)
@@ -122,9 +134,11 @@ def fleet(
     if knows is not None:
         from megalith.plan.mix_plan import add_mix, check
 
+        if question.power_budget_w is not None or question.start_s is not None:
+            raise ConfigError("A mix has neither a power budget nor scaling.", "Ask without --mix, or without these.")
         check(question)
     with progress("simulating" if not predict_only else "planning", None, "runs") as advance:
-        plan = plan_fleet(question, simulate=not predict_only, workers=workers, advance=advance)
+        plan = plan_all(question, simulate=not predict_only, workers=workers, advance=advance)
         if knows is not None:
             plan = add_mix(plan, question, knows, advance=advance)
         drawn = plot is not None or (page is not None and not predict_only)
@@ -167,7 +181,8 @@ def make_question(what: Fleet, how: Details) -> FleetQuestion:
         setups=SETUP_NAMES if "all" in what.setup else what.setup,
         minimise=what.minimise, most_devices=what.max_devices, prices_usd=_prices(what.price), seed=what.seed,
         weight_format=how.weight_format, kv_format=how.kv_format, timer=how.timer, max_context=how.max_context,
-        most_requests=what.requests,
+        most_requests=what.requests, power_budget_w=what.power_budget, beside_w=what.beside, start_s=what.start,
+        posterior=what.posterior,
     )  # fmt: skip
 
 

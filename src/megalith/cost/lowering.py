@@ -163,20 +163,20 @@ class TableCosts:
         return min(link, MOST_LINK_SHARE * self._rows_ps(rows)) if rows else 0.0
 
     def _rows_ps(self, rows: int) -> float:
-        return self.timer.parts_ps([Prompt(rows, 0, False)], 0, 0)[0] / self.cost.spec.num_layers
+        return self.timer.shares_ps([Prompt(rows, 0, False)], 0, 0)[0] / self.cost.spec.num_layers
 
     def decode_ps(self, decodes: int, context_sum: int) -> float:
         """See LayerCosts."""
-        return self.timer.parts_ps((), decodes, context_sum)[2] / self.cost.spec.num_layers if decodes else 0.0
+        return self.timer.shares_ps((), decodes, context_sum)[2] / self.cost.spec.num_layers if decodes else 0.0
 
     def prefill_ps(self, prompts: Sequence[Prompt]) -> float:
         """See LayerCosts."""
-        return self.timer.parts_ps(prompts, 0, 0)[1] / self.cost.spec.num_layers if prompts else 0.0
+        return self.timer.shares_ps(prompts, 0, 0)[1] / self.cost.spec.num_layers if prompts else 0.0
 
     def rest_ps(self, work: StepWork) -> float:
         """See LayerCosts."""
         whole = self.timer.step_ps(work.prompts, work.decodes, work.context_sum, 0)
-        return float(whole - sum(self.timer.parts_ps(work.prompts, work.decodes, work.context_sum)))
+        return float(whole - sum(self.timer.shares_ps(work.prompts, work.decodes, work.context_sum)))
 
 
 def layer_costs(timer: DeviceTimer) -> LayerCosts:

@@ -177,7 +177,7 @@ class OperatorTimer:
         pairs = zip(table.decode_ns[upper - 1], table.decode_ns[upper], strict=True)
         return [round((first + (second - first) * part) * scale) for first, second in pairs]
 
-    def parts_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int) -> tuple[int, int, int]:
+    def shares_ps(self, prompts: Sequence[Prompt], decodes: int, context_sum: int) -> tuple[int, int, int]:
         """Of a step: what depends on its rows, attention of its prompt chunks, and of its decodes (prompts of one too).
 
         The rest of `step_ps` is the host and the head.

@@ -244,7 +244,7 @@ class Search:
 
     def _settle(self, kind: Kind, limit: float, requests: int, start: int | None = None) -> Settle | None:
         """The search in one kind, up to the largest fleet that may come before `limit`; None when there is none."""
-        most = kind.shape.most(self.question.most_devices)
+        most = self.question.most(kind.shape)
         if limit < inf:
             low, high = kind.least.instances - 1, most
             while low < high:
@@ -293,7 +293,7 @@ class Search:
         """What a further fleet must not exceed to be winner or runner-up, which are different devices to buy."""
         best: dict[tuple[str, int, int], float] = {}
         for kind, trial in found:
-            bought = (kind.shape.device, kind.shape.tensor_parallel, trial.instances)
+            bought = (kind.shape.device, kind.shape.devices, trial.instances)
             best[bought] = min(best.get(bought, inf), self._objective(kind, trial))
         return sorted(best.values())[1] if len(best) > 1 else inf
 
@@ -349,7 +349,7 @@ class Search:
             what = f"Kinds were first compared on {self._sample():,} requests, the best then on all {load.requests:,}."
             notes.append(what)
         notes.append(
-            "Not searched: pools of different devices (but see --mix), pipelines, other batch policies and limits."
+            "Not searched: pools of different devices (but see --mix), deep pipelines, other batch policies and limits."
         )
         return FleetPlan(
             format=FORMAT, nature=nature, minimise=question.minimise, model=question.model, slo=str(question.slo),  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ class Ability:
         self.token_budget = fleet.pools[0].token_budget
         self.max_sequences = fleet.pools[0].max_sequences
         price = question.price_usd(shape.device)
-        self.price_per_hour_usd = None if price is None else price * shape.tensor_parallel
+        self.price_per_hour_usd = None if price is None else price * shape.devices
         """Of one instance."""
         self._alone = alone(self.timer, self.token_budget)
 

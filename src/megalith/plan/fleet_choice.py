@@ -27,7 +27,7 @@ def make_choice(
 
     return Choice(
         shape=kind.shape, size=size, flags=kind.shape.flags(size),
-        devices=size.instances * kind.shape.tensor_parallel, objective=objective,
+        devices=size.instances * kind.shape.devices, objective=objective,
         price_per_hour_usd=price, power_w=None if trial is None else trial.power_w,
         price_per_million_tokens_usd=None if price is None or tokens <= 0 else price / (tokens * 3600) * 1e6,
         trial=trial,
@@ -41,9 +41,15 @@ def order(choice: Choice) -> tuple[float, int, int, int, float]:
     """Best first; among equals the plainer set-up, then fewer devices, then the larger margin."""
     shape = choice.shape
     involved = SETUP_NAMES.index(shape.setup)
-    return choice.objective, involved, len(shape.extras), choice.devices, -(choice.margin or 0.0)
+    return (
+        choice.objective,
+        involved,
+        len(shape.extras) + shape.pipeline_parallel,
+        choice.devices,
+        -(choice.margin or 0.0),
+    )
 
 
 def bought(choice: Choice) -> tuple[str, int, int]:
     """What one has to buy for it."""
-    return choice.shape.device, choice.shape.tensor_parallel, choice.size.instances
+    return choice.shape.device, choice.shape.devices, choice.size.instances

@@ -189,17 +189,18 @@ def passed_table(plan: FleetPlan) -> Table:
         Column("why", "why"),
     ]
     table = Table(columns, title="Not chosen")
-    groups: dict[tuple[object, ...], tuple[dict[int, None], dict[str, None]]] = {}
+    groups: dict[tuple[object, ...], tuple[dict[str, None], dict[str, None]]] = {}
     for one in plan.passed:
         key = (one.shape.device, one.instances, one.objective, one.stage, one.why)
         degrees, setups = groups.setdefault(key, ({}, {}))
-        degrees[one.shape.tensor_parallel] = None
+        stages = one.shape.pipeline_parallel
+        degrees[f"{one.shape.tensor_parallel}" + (f" x pp{stages}" if stages > 1 else "")] = None
         setups[one.shape.setup] = None
-    stages = {"arithmetic": "arithmetic", "sample": "a part of the load", "whole": "all of the load"}
+    decided = {"arithmetic": "arithmetic", "sample": "a part of the load", "whole": "all of the load"}
     for (device, instances, objective, stage, why), (degrees, setups) in groups.items():
         table.add(
-            str(device), ", ".join(map(str, degrees)), ", ".join(setups),
+            str(device), ", ".join(degrees), ", ".join(setups),
             instances if isinstance(instances, int) else None,
-            objective if isinstance(objective, float) else None, stages[str(stage)], str(why),
+            objective if isinstance(objective, float) else None, decided[str(stage)], str(why),
         )  # fmt: skip
     return table

@@ -39,13 +39,16 @@ def find_kind(question: FleetQuestion, load: Load, shape: Shape) -> Kind | Unfit
         ability = Ability(question, shape)
     except MegalithError as error:
         return Unfit(error.what)
+    if shape.pipeline_parallel > 1:
+        # Steps overlap in a pipeline, which the bounds below know nothing of: only runs judge it.
+        return Kind(shape, ability, Least(1, "the work of one pipeline"), None, 0.0)
     no = discard(ability, load, question.slo)
     if no is not None:
         return Unfit(f"{no.resource}: {no.why}")
     if question.minimise == "power" and ability.power is None:
         return Unfit("nobody published what this device draws")
     least = least_instances(ability, load, question.slo)
-    most = shape.most(question.most_devices)
+    most = question.most(shape)
     if least.instances > most:
         return Unfit(f"{least.resource}: more than {question.most_devices:,} devices", least.instances)
     steady = Steady(ability, load, question.slo)
@@ -56,7 +59,7 @@ def least_objective(question: FleetQuestion, load: Load, kind: Kind, instances: 
     """No fleet of so many instances of that kind is better than that, in USD an hour, watts or devices."""
     match question.minimise:
         case "devices":
-            return float(instances * kind.shape.tensor_parallel)
+            return float(instances * kind.shape.devices)
         case "cost":
             return instances * (kind.ability.price_per_hour_usd or 0.0)
         case "power":

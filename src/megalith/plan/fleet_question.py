@@ -43,6 +43,14 @@ class FleetQuestion(Config, kw_only=True):
     max_context: int | None = None
     most_requests: int = 20_000
     """Of the workload, so many are simulated at most (more where they pass within two minutes)."""
+    power_budget_w: float | None = None
+    """Of all devices and what stands beside them: no fleet is provisioned for more by its rating."""
+    beside_w: float = 388.0
+    """What a server draws beside each of its devices: host, fans, network. A DGX A100 has 3,105 W beside eight."""
+    start_s: float | None = None
+    """From the decision to start one more instance until it serves; None: the fleet keeps its size."""
+    posterior: str | None = None
+    """File of samples of the load to come, for a fleet that scales by forecast."""
 
     def __post_init__(self) -> None:
         """ConfigError for a question without an answer."""
@@ -62,6 +70,7 @@ class FleetQuestion(Config, kw_only=True):
                 )
         if min(self.tensor_parallel, default=0) < 1 or self.most_devices < 1 or self.most_requests < 1:
             raise ConfigError("Degrees, devices and requests are at least 1.", "Give numbers above 0.")
+        self._check_further()
         unknown = set(self.prices_usd) - set(self.devices)
         if unknown:
             raise ConfigError(f"There is a price for {', '.join(sorted(unknown))}, which is no --device.", "Add it.")
@@ -72,6 +81,18 @@ class FleetQuestion(Config, kw_only=True):
         """Of one device for an hour."""
         return self.prices_usd.get(device, catalog.device(device).price_per_hour_usd)
 
+    def rated_w(self, shape: Shape) -> float:
+        """What one instance is provisioned for: its devices as they are rated, and what stands beside them."""
+        rated = catalog.device(shape.device).tdp_w
+        if rated is None:
+            raise ConfigError(f"Nobody says what {shape.device} is rated for.", "Leave --power-budget out.")
+        return shape.devices * (rated + self.beside_w)
+
+    def most(self, shape: Shape) -> int:
+        """Instances of the largest fleet of a kind: by devices, and by rated power where there is a budget."""
+        most = shape.most(self.most_devices)
+        return most if self.power_budget_w is None else min(most, int(self.power_budget_w / self.rated_w(shape)))
+
     def scenario(self, fleet: FleetSpec, **changes: object) -> Scenario:
         """The scenario of a fleet under this load."""
         given: dict[str, object] = {
@@ -80,6 +101,19 @@ class FleetQuestion(Config, kw_only=True):
             "max_context": self.max_context,
         }  # fmt: skip
         return Scenario(**(given | changes))  # type: ignore[arg-type]
+
+    def _check_further(self) -> None:
+        if self.power_budget_w is not None and not 0 < self.power_budget_w < 1e12:
+            raise ConfigError(f"A power budget of {self.power_budget_w:g} W is none.", "Give watts above 0.")
+        if not 0 <= self.beside_w < 1e6:
+            raise ConfigError(f"{self.beside_w:g} W cannot stand beside a device.", "Give 0 W or more.")
+        if self.start_s is not None and not 0 <= self.start_s < 1e6:
+            raise ConfigError(f"An instance cannot take {self.start_s:g} s to serve.", "Give 0 s or more.")
+        if self.posterior is not None and self.start_s is None:
+            raise ConfigError(
+                "A forecast of the load is of use only to a fleet that scales.",
+                "Add --start SECONDS, which an instance takes to serve.",
+            )
 
     def _check_prices(self) -> None:
         free = [device for device in self.devices if self.price_usd(device) is None]
@@ -115,11 +149,21 @@ class Shape(Config, kw_only=True):
     """What `splitwise` reserves for an answer; `predicted` where requests do not say how much they want."""
     extras: tuple[str, ...] = ()
     """What `megalith simulate --policy` takes beside the set-up: a batch policy, a further mechanism."""
+    pipeline_parallel: int = 1
+    pipeline: Literal["queue", "blocking", "non-blocking"] = "queue"
+    """How its stages send, where it has several."""
+    start_s: float = 0.0
+    """What one more instance takes to serve, where the fleet scales."""
 
     @property
     def split(self) -> bool:
         """Whether prompts and decodes have pools of their own."""
         return self.setup in SETUPS and SETUPS[self.setup].split
+
+    @property
+    def devices(self) -> int:
+        """Of one instance."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def smallest(self) -> int:
@@ -128,7 +172,7 @@ class Shape(Config, kw_only=True):
 
     def most(self, devices: int) -> int:
         """Instances that so many devices make."""
-        return devices // self.tensor_parallel
+        return devices // self.devices
 
     def sizes(self, instances: int, prefill_share: float, most: int) -> list[Size]:
         """Sizes of so many instances: one where all do both, else the splits nearest to a share, at most so many."""
@@ -161,12 +205,17 @@ class Shape(Config, kw_only=True):
         return " + ".join((self.setup, *self.extras))
 
     def _pool(self, name: str, count: int, role: Literal["mixed", "prefill", "decode"]) -> PoolSpec:
-        return PoolSpec(name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel)
+        return PoolSpec(
+            name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel,
+            start_s=self.start_s, pipeline_parallel=self.pipeline_parallel, pipeline=self.pipeline,
+        )  # fmt: skip
 
     def flags(self, size: Size) -> str:
         """What `megalith simulate` is told to run it."""
         degree = f":tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        unit = f"x{self.device}{degree}"
+        degree += f":pp{self.pipeline_parallel}:pipeline={self.pipeline}" if self.pipeline_parallel > 1 else ""
+        start = f":start_s={self.start_s:g}" if self.start_s else ""
+        unit = f"x{self.device}{degree}{start}"
         fleet = (
             f"prefill={size.prefill}{unit},decode={size.decode}{unit}" if size.prefill else f"{size.instances}{unit}"
         )
@@ -175,6 +224,7 @@ class Shape(Config, kw_only=True):
     def render(self, size: Size | None = None) -> str:
         """In a few words: `4 x h100-sxm tp2, llumnix`."""
         degree = f" tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        degree += f" pp{self.pipeline_parallel} {self.pipeline}" if self.pipeline_parallel > 1 else ""
         count = "" if size is None else f"{size} x "
         return f"{count}{self.device}{degree}, {self.mechanisms}"
 

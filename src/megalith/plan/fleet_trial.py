@@ -14,7 +14,7 @@ from megalith.base.units import NS_PER_S
 from megalith.plan.fleet_bounds import percent_of
 from megalith.plan.fleet_question import FleetQuestion, Shape, Size
 from megalith.sim.run import Run, SimResult
-from megalith.specs.fleet import FaultSpec
+from megalith.specs.fleet import FaultSpec, PowerSpec
 from megalith.specs.workload_rate import at_rate
 
 _EVENTS_A_LOOK = 5_000
@@ -53,6 +53,13 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """Mean of the whole fleet."""
     peak_power_w: float | None
     """Highest sample of it."""
+    mean_instances: float
+    """Over the run: paid for, so starting and draining ones too."""
+    e2e_p50_ns: int | None
+    brakes: int = 0
+    """Of the power domain, where it has a budget."""
+    row_peak_w: float | None = None
+    """Highest sample of the domain, with what stands beside the devices."""
 
     @property
     def size(self) -> Size:
@@ -85,6 +92,8 @@ class Probe(Config, kw_only=True):
     """Every step takes this many times as long as the cost model says."""
     seed: int | None = None
     """Other requests than those of the question, where they are drawn."""
+    budget_w: float | None = None
+    """The whole fleet is one power domain with this budget."""
 
 
 class Settle(Config, kw_only=True):
@@ -119,6 +128,9 @@ def probe(task: Probe) -> Trial:
     fleet = task.shape.fleet(task.size)
     if task.slower != 1.0:
         fleet = replace(fleet, faults=FaultSpec(straggler_share=1.0, straggler_factor=task.slower))
+    if task.budget_w is not None:
+        beside_w = question.beside_w * task.shape.devices
+        fleet = replace(fleet, power=PowerSpec(budget_w=task.budget_w, other_w=beside_w))
     seed = question.seed if task.seed is None else task.seed
     scenario = question.scenario(fleet, workload=workload, seed=seed)
     total = workload.requests or 0
@@ -166,6 +178,10 @@ def _trial(task: Probe, result: SimResult) -> Trial:
         preemptions=figures.preemptions,
         power_w=power_w if power_w == power_w else None,
         peak_power_w=result.series.peak_power_w if power_w == power_w else None,
+        mean_instances=result.instance_hours * 3600 * NS_PER_S / max(result.end_ns, 1),
+        e2e_p50_ns=ends.percentile(50.0) if (ends := result.samples.get("e2e_ns")) and ends.count else None,
+        brakes=0 if result.power is None else result.power.brakes,
+        row_peak_w=None if result.power is None else result.power.peak_w,
     )
 
 

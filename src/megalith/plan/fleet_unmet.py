@@ -62,7 +62,7 @@ def _ample(question: FleetQuestion, load: Load, run: Runner) -> list[_Ample]:
     kinds: dict[tuple[str, int], tuple[Shape, Size]] = {}
     for shape in shapes(question):
         key = (shape.device, shape.tensor_parallel)
-        most = shape.most(question.most_devices)
+        most = question.most(shape)
         if key in kinds or len(kinds) >= _MOST_KINDS or most < shape.smallest:
             continue
         try:

@@ -7,7 +7,7 @@ or the most that they could save. Knows choices and loads; must not simulate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import msgspec
 
 from megalith.base.errors import MegalithError
 from megalith.plan.attention import AttentionQuestion, plan_attention
-from megalith.plan.fleet_answer import Choice, Contribution, Passed
+from megalith.plan.fleet_answer import Choice, Contribution, FleetPlan, Passed
 from megalith.plan.fleet_bounds import limits
 from megalith.plan.fleet_load import Load
 from megalith.plan.fleet_question import FleetQuestion, Shape
@@ -23,8 +23,12 @@ from megalith.specs import catalog
 
 WORTH = 0.005
 """Savings below that share are none."""
-_DAY_S = 12 * 3600.0
 _WINDOW_S = 600.0
+
+
+POLCA = "more servers under one power budget"
+SCALING = "scaling with the load"
+"""What is decided after the search has this name among the contributions."""
 
 
 class Mechanism(NamedTuple):
@@ -52,12 +56,21 @@ MECHANISMS = (
 
 
 def variants(best: Shape) -> list[Shape]:
-    """The best kind of fleet with each extra policy."""
-    return [
+    """The best kind of fleet with each extra policy, and as pipelines of two stages on as many devices."""
+    extra = [
         msgspec.structs.replace(best, extras=(*best.extras, one.extra))
         for one in MECHANISMS
         if one.extra and one.extra not in best.extras and _takes(best, one)
     ]
+    return extra + pipelines(best)
+
+
+def pipelines(best: Shape) -> list[Shape]:
+    """Half the tensor parallel degree, twice the stages: without blocking and, as the control, blocking."""
+    if best.tensor_parallel % 2 or best.split or best.extras:
+        return []
+    half = msgspec.structs.replace(best, tensor_parallel=best.tensor_parallel // 2, pipeline_parallel=2)
+    return [msgspec.structs.replace(half, pipeline=way) for way in ("non-blocking", "blocking")]
 
 
 def contributions(
@@ -65,7 +78,8 @@ def contributions(
 ) -> list[Contribution]:
     """One for each mechanism, in the order of MECHANISMS; then those that could not be tried here."""
     found = [_worth(one, choices, passed, nature) for one in MECHANISMS if _asked(question, one)]
-    return [*found, _attention(question, load, choices[0].shape), _scaling(load), *_elsewhere(question)]
+    further = [_attention(question, load, choices[0].shape), _scaling(load), *_elsewhere(question)]
+    return [*found, _pipeline(choices, passed, nature), *further]
 
 
 def _asked(question: FleetQuestion, one: Mechanism) -> bool:
@@ -117,15 +131,51 @@ def _compare(
     return _made(**common, state="does not pay", control=control, why=why)
 
 
+def _pipeline(choices: Sequence[Choice], passed: Sequence[Passed], nature: str) -> Contribution:
+    """The best fleet of pipelines that do not block against the best one without any; the blocking one beside them."""
+    common = {"mechanism": "non-blocking pipeline", "source": "EnergonAI", "nature": nature}
+    ordered = sorted(choices, key=lambda choice: choice.objective)
+    found = {
+        way: [one for one in ordered if one.shape.pipeline == way] for way in ("queue", "non-blocking", "blocking")
+    }
+    missed = {one.shape.pipeline: one for one in passed if one.objective is None}
+    if nature == "predicted":
+        return _made(**common, state="not asked", why="only a simulated run tells")
+    if not found["non-blocking"] and "non-blocking" not in missed:
+        why = "the best fleet has one device an instance, pools or a policy of its own: pipelines are not tried"
+        return _made(**common, state="does not apply", why=why)
+    beside = "blocking, no fleet was found"
+    if found["blocking"]:
+        beside = f"blocking, {found['blocking'][0].title} ({found['blocking'][0].objective:,.4g})"
+    base = _same_without(found)
+    if not found["non-blocking"]:
+        why = f"{missed['non-blocking'].why}; {beside}"
+        return _made(**common, state="does not pay", control=base.objective if base else None, why=why)
+    best = found["non-blocking"][0]
+    saves = None if base is None or not base.objective else 1 - best.objective / base.objective
+    why = f"{best.title} against {base.title if base else 'none without a pipeline'}; {beside}"
+    state = "pays" if saves is None or saves > WORTH else "does not pay"
+    return _made(
+        **common, state=state, objective=best.objective, control=base.objective if base else None, saves=saves, why=why
+    )
+
+
+def _same_without(found: Mapping[str, Sequence[Choice]]) -> Choice | None:
+    plain = [one for one in found["queue"] if not one.shape.extras]
+    return plain[0] if plain else None
+
+
 def _scaling(load: Load) -> Contribution:
     """The most that a fleet which follows the load can save: nothing is held back for the peak."""
-    common = {"mechanism": "scaling by forecast", "source": "HARMONY", "nature": "predicted"}
-    if load.span_s < _DAY_S:
-        why = f"the load lasts {load.span_s / 60:.3g} min and has no day in it to foresee"
+    common = {"mechanism": SCALING, "source": "HARMONY", "nature": "predicted"}
+    if load.span_s < 3 * _WINDOW_S:
+        why = f"the load lasts {load.span_s / 60:.3g} min: too short to be followed"
         return _made(**common, state="does not apply", why=why)
-    most = 1 - 1 / load.peak_over_mean(_WINDOW_S)
-    why = f"the busiest ten minutes have {load.peak_over_mean(_WINDOW_S):.3g} times the mean: at most {most:.0%}"
-    return _made(**common, state="pays" if most > WORTH else "does not pay", saves=most, why=why)
+    peak = load.peak_over_mean(_WINDOW_S)
+    why = (
+        f"the busiest ten minutes have {peak:.3g} times the mean: at most {1 - 1 / peak:.0%}; --start SECONDS tries it"
+    )
+    return _made(**common, state="not asked", why=why)
 
 
 def _attention(question: FleetQuestion, load: Load, best: Shape) -> Contribution:
@@ -165,18 +215,20 @@ def _elsewhere(question: FleetQuestion) -> list[Contribution]:
             "why": "one model is served: there is nothing to switch or share (`megalith plan coe` asks for many)",
         },
         {
-            "mechanism": "more servers under one power budget", "source": "POLCA", "state": "not asked",
-            "why": "no row and no budget is given: `megalith plan power --headroom` asks how many it carries",
-        },
-        {
-            "mechanism": "non-blocking pipeline", "source": "EnergonAI",
-            "why": "no pipelines are searched: every degree offered is tensor parallel",
+            "mechanism": POLCA, "source": "POLCA", "state": "not asked",
+            "why": "no budget is given: --power-budget WATTS tries it",
         },
     ]  # fmt: skip
     if len(set(question.devices)) < 2:
         why = "one kind of device is offered: name several with --device"
         found.append({"mechanism": "mix of devices", "source": "Mélange", "why": why})
     return [_made(**(common | one)) for one in found]
+
+
+def put(plan: FleetPlan, one: Contribution, runs: int = 0) -> FleetPlan:
+    """The plan with this contribution in the place of what the search said of the mechanism, and after more runs."""
+    changed = [one if old.mechanism == one.mechanism else old for old in plan.contributions]
+    return msgspec.structs.replace(plan, contributions=changed, runs=plan.runs + runs)
 
 
 def _less(shape: Shape, extra: str) -> tuple[str, ...]:

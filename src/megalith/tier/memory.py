@@ -1,7 +1,6 @@
 """Memory that disks and kernels like: anonymous, aligned to 2 MiB, in huge pages where the machine gives them.
 
-Direct reads into huge pages go up to three times faster than into ordinary ones, for the device is given one address
-for 2 MiB, not 512. Knows addresses and bytes; must not know what is in them.
+A device is given one address for 2 MiB of it, not 512. Knows addresses and bytes; must not know what is in them.
 """
 
 from __future__ import annotations

@@ -192,8 +192,8 @@ class _Writer:
             raise
 
     def append(self, data: U8) -> None:
-        self.checksum = zlib.crc32(data, self.checksum)
-        view, done = memoryview(data), 0
+        self.checksum = zlib.crc32(data.data, self.checksum)
+        view, done = data.data, 0
         while done < len(view):
             at = self.offset - self._flushed
             part = view[done : done + _STAGE_BYTES - at]
@@ -245,7 +245,7 @@ class PackedFile:
     def _read_index(self) -> Index:
         remedy = f"Remove {self.path}: it is made again at the next start."
         head = np.empty(_HEADER.size, np.uint8)
-        self.file.read_into(0, memoryview(head))
+        self.file.read_into(0, head.data)
         magic, layout, checksum, at, length = _HEADER.unpack(head.tobytes())
         if magic != _MAGIC or layout != LAYOUT or at + length > self.file.size:
             raise TierError(
@@ -254,8 +254,8 @@ class PackedFile:
                 remedy,
             )
         body = np.empty(length, np.uint8)
-        self.file.read_into(at, memoryview(body))
-        if zlib.crc32(body) != checksum:
+        self.file.read_into(at, body.data)
+        if zlib.crc32(body.data) != checksum:
             raise TierError(f"The index of {self.path} is corrupted.", remedy)
         return msgspec.json.decode(body.tobytes(), type=Index)
 

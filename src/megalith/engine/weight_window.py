@@ -135,7 +135,7 @@ class WeightWindow:
         first, last = begin // ALIGN * ALIGN, -(-(begin + panel_bytes) // ALIGN) * ALIGN
         room = np.empty(last - first + ALIGN, np.uint8)
         skip = -room.ctypes.data % ALIGN
-        self._packed.file.read_into(first, memoryview(room)[skip : skip + last - first])
+        self._packed.file.read_into(first, room.data[skip : skip + last - first])
         return room[skip + begin - first :][:panel_bytes]
 
     def _submit(self, count: int) -> None:

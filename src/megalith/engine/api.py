@@ -25,6 +25,8 @@ class EngineConfig(Config):
     """auto: native where the backend can run this model, else bf16. float32 is the exact torch path."""
     memory_bytes: int | None = None
     """Hard limit for weights + KV + activations of this instance; None: what the machine has free, less a margin."""
+    weights: Literal["auto", "resident", "window"] = "auto"
+    """window: the native backend streams weights from disk through what memory is left. auto: where they do not fit."""
     max_context: int | None = None
     """Longest prompt + output, in tokens; None: the model's own."""
     max_sequences: int = 64

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -33,6 +34,9 @@ from megalith.plan.source import resolve
 from megalith.policy.batching import by_name
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
+
+if TYPE_CHECKING:
+    from megalith.engine.weight_window import WeightWindow
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -95,7 +99,7 @@ def build_engine(
     if on_plan is not None:
         on_plan(fit)
     with spans.of("load the weights", progress):
-        runner = _runner(config, model, fit)
+        runner = _runner(config, model, fit, progress)
     with spans.of("put it together", progress):
         engine = assemble(config, model, runner, fit.max_context)
     held = sum(runner.memory_bytes().values())
@@ -183,7 +187,7 @@ def why_not_native(model: OpenModel) -> str | None:
     return supports(model.spec, model.checkpoint)
 
 
-def _runner(config: EngineConfig, model: OpenModel, fit: Fit) -> Runner:
+def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress | None) -> Runner:
     threads = config.threads or machine.cores()
     if fit.kind == "native":
         from megalith.engine.native_runner import NativeRunner
@@ -191,6 +195,7 @@ def _runner(config: EngineConfig, model: OpenModel, fit: Fit) -> Runner:
         return NativeRunner(
             model.spec, model.checkpoint, block_tokens=config.block_tokens, num_blocks=fit.num_blocks,
             num_host_blocks=fit.num_host_blocks, max_rows=max_rows(config, fit.max_context), threads=threads,
+            window=None if fit.window_bytes is None else _window(model, fit.window_bytes, progress),
         )  # fmt: skip
     from megalith.engine.torch_runner import TorchRunner
 
@@ -199,6 +204,15 @@ def _runner(config: EngineConfig, model: OpenModel, fit: Fit) -> Runner:
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
         threads=threads, attention=parse_attention(config.attention),
     )  # fmt: skip
+
+
+def _window(model: OpenModel, window_bytes: int, progress: Progress | None) -> WeightWindow:
+    """The weights of `model` in so much memory, packed into a file first where they are not yet."""
+    from megalith.engine.packed_file import PackedFile, ensure_packed, packed_path
+    from megalith.engine.weight_window import WeightWindow
+
+    path = ensure_packed(packed_path(model.files.path), model.spec, model.checkpoint, progress)
+    return WeightWindow(PackedFile(path), model.spec, window_bytes)
 
 
 def max_rows(config: EngineConfig, max_context: int) -> int:

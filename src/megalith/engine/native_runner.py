@@ -13,6 +13,7 @@ import numpy as np
 from megalith.base.errors import MachineError
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
 from megalith.engine.native import binding
+from megalith.engine.weight_window import WeightWindow
 from megalith.model.checkpoint import Checkpoint
 from megalith.model.rope import inverse_frequencies
 from megalith.specs.model import ModelSpec
@@ -84,7 +85,9 @@ class NativeRunner:
         num_host_blocks: int,
         max_rows: int,
         threads: int,
+        window: WeightWindow | None = None,
     ) -> None:
+        """`window` gives the matrices, if they do not stay in memory; close() closes it."""
         reason = supports(spec, checkpoint)
         if reason is not None:
             raise MachineError(f"The native backend cannot run {spec.name}: {reason}.")
@@ -94,7 +97,11 @@ class NativeRunner:
         self._model = self._create(spec)
         self.name = f"native-{self._model.isa()}"
         self.block_bytes = self._model.block_bytes()
-        _load_weights(self._model, spec, checkpoint)
+        self.window = window
+        if window is None:
+            _load_weights(self._model, spec, checkpoint)
+        else:
+            _attach_weights(self._model, checkpoint, window)
 
     def _create(self, spec: ModelSpec) -> binding.NativeModel:
         windows = np.array([spec.layer_window(i) or 0 for i in range(spec.num_layers)], np.int32)
@@ -133,7 +140,8 @@ class NativeRunner:
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held: weights, kv, host_kv and activations. KV and activations become resident as they are used."""
-        return self._model.memory()
+        held = self._model.memory()
+        return held if self.window is None else held | {"weights": held["weights"] + self.window.num_bytes}
 
     def phase_ns(self, reset: bool = False) -> dict[str, int]:
         """Nanoseconds of each phase of the steps since the last reset; see binding.PHASES."""
@@ -142,6 +150,8 @@ class NativeRunner:
     def close(self) -> None:
         """Join the threads and give the memory back. Idempotent."""
         self._model.close()
+        if self.window is not None:
+            self.window.close()
 
 
 def _load_weights(model: binding.NativeModel, spec: ModelSpec, checkpoint: Checkpoint) -> None:
@@ -160,6 +170,22 @@ def _load_weights(model: binding.NativeModel, spec: ModelSpec, checkpoint: Check
     load(-1, "final_norm.weight", "final_norm")
     if not spec.tied_embeddings:
         load(-1, "head.weight", "head")
+    model.ready()
+
+
+def _attach_weights(model: binding.NativeModel, checkpoint: Checkpoint, window: WeightWindow) -> None:
+    """Vectors are loaded; matrices are where the window says."""
+    for name in checkpoint.names():
+        parts = name.split(".")
+        top = parts[0] != "layers"
+        part = parts[0] if top else parts[2] if parts[3] == "weight" else f"{parts[2]}.bias"
+        if part in binding.MATRICES:
+            continue
+        found = checkpoint.tensor(name)
+        model.load(-1 if top else int(parts[1]), part, "F32", found.float32(), found.shape)
+    for matrix in window.matrices:
+        model.attach(matrix.layer, matrix.tensor, matrix.format, matrix.offset)
+    model.set_window(window)
     model.ready()
 
 

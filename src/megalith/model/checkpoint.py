@@ -110,6 +110,11 @@ class Checkpoint:
         rows = entry.shape[0] if len(entry.shape) > 1 else 1
         return Tensor(name, entry.shape, entry.format, raw.reshape(rows, -1))
 
+    def forget(self) -> None:
+        """Let go of pages of the file that were read so far, where it is one that can."""
+        if isinstance(self._files, GgufFile):
+            self._files.forget()
+
     def weight_bytes(self) -> int:
         """Bytes of all weights as stored."""
         return sum(self.formats().values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ class GgufFile:
         if tensor is None:
             raise ModelFormatError(f"{self.path} has no tensor named {name}.")
         return np.frombuffer(self._parts[tensor.part], np.uint8, tensor.num_bytes, tensor.offset)
+
+    def forget(self) -> None:
+        """Let go of the pages that were read so far: for who reads all of a file that is bigger than memory."""
+        for mapped, path in zip(self._parts, _part_paths(self.path), strict=True):
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(handle)
 
 
 def _part_paths(path: Path) -> list[Path]:

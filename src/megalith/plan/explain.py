@@ -124,5 +124,6 @@ def plan_text(plan: ServePlan) -> str:
         f"decode at {first.context:,} tokens (predicted): batch {first.batch} TPOT {duration_band(first.tpot_ns)}; "
         f"batch {last.batch} {band(last.tokens_per_s)} tok/s, bound by {last.binding}",
         f"band: {plan.band_source}",
+        *(note for note in plan.notes if note.startswith("Weights do not stay")),
     ]
     return "\n".join(lines)

@@ -9,15 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from megalith.base.errors import DoesNotFit
 from megalith.base.units import MIB, format_bytes
 from megalith.cost.memory import blocks_for, device_block_bytes
 from megalith.cost.profile import RunnerKind
+from megalith.cost.streaming import piece_bytes
 from megalith.plan import machine
 from megalith.plan.explain import plan_text
-from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, check
+from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
+from megalith.policy.weight_window import lay_out, least_bytes
 from megalith.specs.plan import ServePlan
 
 SMALLEST_CONTEXT = 256
@@ -69,6 +73,8 @@ class Fit:
     plan: ServePlan
     text: str
     """The plan in a few lines, for the terminal."""
+    window_bytes: int | None = None
+    """Memory that the weights stream through, where they do not stay."""
 
 
 def check_fits(
@@ -100,9 +106,49 @@ def check_fits(
         blocks = max(one, min(room, _wanted(config, request)))
         needed = _with(request, num_blocks=blocks, num_host_blocks=blocks if swap else host_blocks)
     plan = plan_serve(needed)
+    if kind == "native" and config.device == "cpu" and _may_stream(config, plan.fits):
+        streamed = window_request(config, base_request(config, kind, model or resolve(config.model), kv_format))
+        if streamed is not None:
+            needed, request = streamed, streamed
+            blocks, plan = streamed.wanted_blocks(), plan_serve(streamed)
     if not plan.fits:
         raise does_not_fit(plan)
-    return Fit(kind, request.context, blocks, needed.num_host_blocks, request.limit_bytes, plan, plan_text(plan))
+    return Fit(
+        kind, request.context, blocks, needed.num_host_blocks, request.limit_bytes, plan, plan_text(plan),
+        needed.window_bytes,
+    )  # fmt: skip
+
+
+def _may_stream(config: EngineSettings, fits: bool) -> bool:
+    choice = getattr(config, "weights", "auto")
+    return choice == "window" or (choice == "auto" and not fits)
+
+
+def window_request(config: EngineSettings, request: ServeRequest) -> ServeRequest | None:
+    """`request` with weights that stream from disk, or None where not even two pieces in a ring fit the limit.
+
+    KV gets one sequence, or a quarter of the limit where that is more; the weights get what is left.
+    """
+    if request.spec.num_experts:
+        return None
+    sizes = piece_bytes(request.spec, request.weights)
+    least = least_bytes(sizes)
+    empty = _with(request, window_bytes=least, num_host_blocks=config.num_host_blocks or 0)
+    room = blocks_that_fit(empty)
+    one = blocks_for(request.context, request.block_tokens)
+    block = device_block_bytes(request.spec, request.memory_request(1))
+    share = int(_KV_SHARE * request.limit_bytes) // block
+    if config.max_context is None and min(room, share) < one:
+        request = _shorter(request, min(room, share))
+        one = blocks_for(request.context, request.block_tokens)
+    blocks = config.num_blocks or max(one, min(room, share, _wanted(config, request)))
+    empty = _with(request, num_blocks=blocks, num_host_blocks=empty.num_host_blocks, window_bytes=0)
+    left = int((request.limit_bytes - need_bytes(empty, blocks)[1]) / 1.02)
+    if left < least:
+        return None
+    layout = lay_out(sizes, left)
+    streamed = sum(sizes[piece] for piece in layout.streamed)
+    return msgspec.structs.replace(empty, window_bytes=left if streamed else layout.num_bytes, stream_bytes=streamed)
 
 
 def kind_of(config: EngineSettings) -> RunnerKind:
@@ -153,8 +199,6 @@ def _shorter(request: ServeRequest, room: int) -> ServeRequest:
 
 
 def _with(request: ServeRequest, **changes: int | None) -> ServeRequest:
-    import msgspec
-
     return msgspec.structs.replace(request, **changes)
 
 

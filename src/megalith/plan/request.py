@@ -11,6 +11,7 @@ from megalith.cost.borrow import BorrowingCostModel, loans, resident
 from megalith.cost.compute import CostModel
 from megalith.cost.memory import MemoryRequest, WeightBytes, Workspace, blocks_for, device_block_bytes, itemise
 from megalith.cost.profile import Profile
+from megalith.cost.streaming import StreamingCostModel, disk_bytes_per_s, windowed
 from megalith.specs.model import ModelSpec
 from megalith.specs.plan import MemoryLine
 
@@ -52,9 +53,16 @@ class ServeRequest(Config, kw_only=True):
     host_bytes_per_s: float = 25e9
     """Between one device and host memory: what copies reach over PCIe 4.0 x16 (32e9 on paper)."""
 
+    window_bytes: int | None = None
+    """Weights are streamed from disk through so much memory; None: they stay in memory."""
+    stream_bytes: int = 0
+    """What a step then reads from the disk."""
+
     def cost(self) -> CostModel:
         """What steps of the plan take."""
         cost = CostModel(self.spec, self.profile, self.weights, self.kv_format, self.devices)
+        if self.window_bytes is not None:
+            return StreamingCostModel(cost, self.stream_bytes, disk_bytes_per_s(self.profile)[0])
         if not self.peer_layers and not self.host_layers:
             return cost
         return BorrowingCostModel(
@@ -101,6 +109,8 @@ def check(request: ServeRequest) -> None:
 def need_bytes(request: ServeRequest, num_blocks: int) -> tuple[tuple[MemoryLine, ...], int]:
     """The memory lines of one device for a pool of `num_blocks` blocks, and their sum."""
     stay = resident(request.weights, request.spec.num_layers, request.peer_layers + request.host_layers)
+    if request.window_bytes is not None:
+        stay = windowed(request.weights, request.window_bytes)
     lines = itemise(request.spec, stay, request.memory_request(num_blocks))
     return lines, sum(line.num_bytes for line in lines)
 

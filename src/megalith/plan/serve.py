@@ -14,6 +14,7 @@ from megalith.cost.compute import CostModel, StepCost
 from megalith.cost.memory import blocks_for, kv_bytes_per_token
 from megalith.cost.parameters import active_parameters, count
 from megalith.cost.profile import band_for
+from megalith.cost.streaming import disk_bytes_per_s
 from megalith.plan.remedies import remedies
 from megalith.plan.request import ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.specs.plan import BatchPoint, Estimate, ServePlan
@@ -121,6 +122,13 @@ def _notes(request: ServeRequest) -> tuple[str, ...]:
             "keeps every token of every layer."
         )
     notes += _borrowed(request)
+    if request.window_bytes is not None:
+        rate, source = disk_bytes_per_s(request.profile)
+        notes.append(
+            f"Weights do not stay in memory: a step reads {format_bytes(request.stream_bytes)} of "
+            f"{format_bytes(request.weights.total)} from disk, {request.stream_bytes / rate:.2f} s at "
+            f"{format_bytes(round(rate))}/s ({source}; the time is predicted)."
+        )
     if request.profile.power is not None:
         notes.append(f"Power: {request.profile.power.source}.")
     return tuple(notes)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,12 @@ TENSORS = (
     "q", "k", "v", "o", "gate", "up", "down", "embed", "head", "attn_norm", "ffn_norm", "post_attn_norm",
     "post_ffn_norm", "q_norm", "k_norm", "q.bias", "k.bias", "v.bias", "final_norm",
 )  # fmt: skip
+MATRICES = TENSORS[:9]
 PHASES = (
     "embed", "norm", "qkv", "rope", "attention", "out", "gate_up", "activation", "down", "head", "sample",
+    "wait",
 )  # fmt: skip
-OK, BAD_ARGUMENT, NO_MEMORY, NO_TOKEN, NO_ISA = range(5)
+OK, BAD_ARGUMENT, NO_MEMORY, NO_TOKEN, NO_ISA, NO_WEIGHTS = range(6)
 _MESSAGE_BYTES = 256
 _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -62,6 +64,10 @@ _Sampling: Any = _struct("_Sampling", [
 ])  # fmt: skip
 _Result: Any = _struct("_Result", _all(_P, "tokens logprobs top_ids top_logprobs"))
 _Memory: Any = _struct("_Memory", _all(_I64, "weights kv host_kv activations"))
+_Acquire = ctypes.CFUNCTYPE(_P, _I32)
+_Release = ctypes.CFUNCTYPE(None, _I32)
+_Embed = ctypes.CFUNCTYPE(_I32, _P, _I32, _P)
+_Window: Any = _struct("_Window", [("acquire", _Acquire), ("release", _Release), ("embed", _Embed)])
 
 
 class Library:
@@ -74,6 +80,11 @@ class Library:
         for name, arguments in {
             "native_create": (_P, _P, _P),
             "native_load": (_P, _I32, _I32, _I32, _P, _I64, _I32, _I32),
+            "native_attach": (_P, _I32, _I32, _I32, _I64),
+            "native_set_window": (_P, _P),
+            "native_packed_bytes": (_I32, _I32, _I32),
+            "native_pack": (_I32, _P, _I64, _I32, _I32, _P, _I64),
+            "native_panel_row": (_I32, _I32, _P, _I32, _F32, _P),
             "native_ready": (_P,),
             "native_step": (_P, _P, _P, _P),
             "native_logits": (_P, _P, _P),
@@ -95,11 +106,11 @@ class Library:
             getattr(self.c, name).argtypes = arguments
         for name in ("native_message", "native_isa"):
             getattr(self.c, name).restype = ctypes.c_char_p
-        for name in ("native_block_bytes", "native_matrix_bytes"):
+        for name in ("native_block_bytes", "native_matrix_bytes", "native_packed_bytes"):
             getattr(self.c, name).restype = _I64
         sizes = (ctypes.c_int32 * 8)()
         count = self.c.native_struct_sizes(sizes, 8)
-        expected = [ctypes.sizeof(s) for s in (Config, _Batch, _Sampling, _Result, _Memory)]
+        expected = [ctypes.sizeof(s) for s in (Config, _Batch, _Sampling, _Result, _Memory, _Window)]
         if list(sizes[:count]) != expected:
             raise MachineError(f"{path} was built for another version: its structs are {list(sizes[:count])} bytes.")
 
@@ -207,6 +218,60 @@ class ResultBuffers:
         return ResultBuffers(result, struct)
 
 
+class WeightSource(Protocol):
+    """Who holds the weights of a model between and during its steps, piece by piece (struct native_window)."""
+
+    error: Exception | None
+    """What broke the step that ended last, until it is reported."""
+
+    @property
+    def hidden(self) -> int:
+        """Values of a row of x."""
+        ...
+
+    def acquire(self, piece: int) -> int:
+        """The address of a piece, which stays there until released."""
+        ...
+
+    def release(self, piece: int) -> None:
+        """The step needs it no more."""
+        ...
+
+    def embed(self, tokens_M: I32, x_MD: F32) -> None:
+        """Put the scaled embedding of each token into its row."""
+        ...
+
+
+def window_struct(source: WeightSource) -> Any:
+    """The C view of `source`. Nothing may be raised through C: an error is kept, and the step ends."""
+
+    def acquire(piece: int) -> int | None:
+        try:
+            return source.acquire(piece)
+        except Exception as error:
+            source.error = error
+            return None
+
+    def release(piece: int) -> None:
+        try:
+            source.release(piece)
+        except Exception as error:
+            source.error = error
+
+    def embed(tokens: int, rows: int, x: int) -> int:
+        try:
+            tokens_M = np.ctypeslib.as_array((ctypes.c_int32 * rows).from_address(tokens))
+            hidden = source.hidden
+            x_MD = np.ctypeslib.as_array((ctypes.c_float * (rows * hidden)).from_address(x)).reshape(rows, hidden)
+            source.embed(tokens_M, x_MD)
+            return 1
+        except Exception as error:
+            source.error = error
+            return 0
+
+    return _Window(acquire=_Acquire(acquire), release=_Release(release), embed=_Embed(embed))
+
+
 class NativeModel:
     """Owns one `native_model`. Every failure of a step is StepFailed with the library's own words."""
 
@@ -218,6 +283,8 @@ class NativeModel:
         if code != OK:
             raise MachineError(f"The native backend cannot hold this model: {message.value.decode()}.")
         self._handle: int | None = handle.value
+        self._source: WeightSource | None = None
+        self._struct: Any = None
 
     @property
     def handle(self) -> int:
@@ -237,6 +304,17 @@ class NativeModel:
             )
         )  # fmt: skip
 
+    def attach(self, layer: int, tensor: str, format_name: str, offset: int) -> None:
+        """Instead of load: panels that lie at `offset` of a piece of the window. Raises MachineError."""
+        at = (layer, TENSORS.index(tensor), FORMATS.index(format_name), offset)
+        self._check_load(self._c.native_attach(self.handle, *at))
+
+    def set_window(self, window: WeightSource) -> None:
+        """Have steps ask `window` for weights. What it raises ends the step. Raises MachineError."""
+        self._source = window
+        self._struct = window_struct(window)
+        self._check_load(self._c.native_set_window(self.handle, ctypes.addressof(self._struct)))
+
     def ready(self) -> None:
         """To be called after the last tensor. Raises MachineError if one is missing."""
         self._check_load(self._c.native_ready(self.handle))
@@ -250,6 +328,9 @@ class NativeModel:
         return text
 
     def _check_step(self, code: int) -> None:
+        if code == NO_WEIGHTS and self._source is not None and self._source.error is not None:
+            error, self._source.error = self._source.error, None
+            raise StepFailed(f"The step has no weights: {error}") from error
         if code != OK:
             raise StepFailed(f"The step was refused: {self._message()}.")
 
@@ -376,3 +457,30 @@ def sample(library: Library, logits_V: F32, sampling: SamplingBatch, isa: str | 
     if code != OK:
         raise ValueError(f"sampling failed with code {code}")
     return out.result
+
+
+def packed_bytes(library: Library, format_name: str, outputs: int, inputs: int) -> int:
+    """Bytes of the panels of a matrix. Raises ValueError for one that cannot be."""
+    size = int(library.c.native_packed_bytes(FORMATS.index(format_name), outputs, inputs))
+    if size < 0:
+        raise ValueError(f"a {format_name} matrix of {outputs} x {inputs} cannot be packed")
+    return size
+
+
+def pack_into(library: Library, format_name: str, raw: Array, inputs: int, to: Array) -> None:
+    """Pack `raw`, uint8 [rows, row bytes], into `to`, uint8. A matrix may be packed 16 n rows at a time."""
+    raw = np.ascontiguousarray(raw)
+    code = library.c.native_pack(
+        FORMATS.index(format_name), raw.ctypes.data, raw.nbytes, raw.shape[0], inputs, to.ctypes.data, to.nbytes
+    )
+    if code != OK:
+        raise ValueError(f"{raw.shape} bytes of {format_name} do not pack into {to.nbytes} (code {code})")
+
+
+def panel_row(library: Library, format_name: str, panel: Array, column: int, scale: float, out: F32) -> None:
+    """One column of a panel as floats, times `scale`, into `out`."""
+    code = library.c.native_panel_row(
+        FORMATS.index(format_name), out.size, panel.ctypes.data, column, scale, out.ctypes.data
+    )
+    if code != OK:
+        raise ValueError(f"column {column} of a {format_name} panel of {out.size} inputs (code {code})")

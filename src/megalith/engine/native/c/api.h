@@ -16,6 +16,7 @@ enum native_code {
     NATIVE_NO_MEMORY = 2,
     NATIVE_NO_TOKEN = 3, /* an output row has no token to give: all masked, or its logits are not numbers */
     NATIVE_NO_ISA = 4,   /* this library or this machine lacks the instruction set asked for */
+    NATIVE_NO_WEIGHTS = 5, /* a callback of the window refused; the step ended there, and its rows have no result */
 };
 
 enum native_format {
@@ -90,7 +91,7 @@ struct native_result {
 enum native_phase {
     NATIVE_PHASE_EMBED, NATIVE_PHASE_NORM, NATIVE_PHASE_QKV, NATIVE_PHASE_ROPE, NATIVE_PHASE_ATTENTION,
     NATIVE_PHASE_OUT, NATIVE_PHASE_GATE_UP, NATIVE_PHASE_ACTIVATION, NATIVE_PHASE_DOWN, NATIVE_PHASE_HEAD,
-    NATIVE_PHASE_SAMPLE,
+    NATIVE_PHASE_SAMPLE, NATIVE_PHASE_WAIT, /* for weights of a window */
     NATIVE_PHASES
 };
 
@@ -98,6 +99,14 @@ struct native_memory { int64_t weights, kv, host_kv, activations; };
 
 typedef struct native_model native_model;
 typedef struct native_matrix native_matrix;
+
+/* Weights that are not in memory all the time (window.c). Piece 2i: q, k, v and o of layer i; 2i + 1: its gate, up and
+ * down; 2 * layers: the head. A step takes one piece at a time, in this order, on the thread that called it. */
+struct native_window {
+    const uint8_t *(*acquire)(int32_t piece); /* where it lies now, 64-byte aligned; NULL ends the step */
+    void (*release)(int32_t piece);
+    int32_t (*embed)(const int32_t *tokens, int32_t rows, float *x); /* x [rows, hidden], scaled; 0 ends the step */
+};
 
 /* "sizeof" of every struct above, for the binding to compare with its own. Returns how many were written (at most `room`). */
 NATIVE_API int32_t native_struct_sizes(int32_t *sizes, int32_t room);
@@ -107,6 +116,10 @@ NATIVE_API const char *native_isas(int32_t usable);
 NATIVE_API int32_t native_create(const struct native_config *config, native_model **model, char *message);
 NATIVE_API int32_t native_load(native_model *model, int32_t layer, int32_t tensor, int32_t format, const uint8_t *raw,
                                int64_t raw_bytes, int32_t outputs, int32_t inputs);
+/* Instead of native_load, before native_ready: a matrix whose panels are at `offset` of its piece. */
+NATIVE_API int32_t native_attach(native_model *model, int32_t layer, int32_t tensor, int32_t format, int64_t offset);
+/* Who gives the pieces; the functions must outlive the model. */
+NATIVE_API int32_t native_set_window(native_model *model, const struct native_window *window);
 /* After the last tensor: says which one is missing. */
 NATIVE_API int32_t native_ready(native_model *model);
 NATIVE_API int32_t native_step(native_model *model, const struct native_batch *batch, const struct native_sampling *sampling,
@@ -130,6 +143,14 @@ NATIVE_API int32_t native_matrix_create(int32_t format, const uint8_t *raw, int6
 NATIVE_API void native_matrix_destroy(native_matrix *matrix);
 NATIVE_API int64_t native_matrix_bytes(const native_matrix *matrix);
 NATIVE_API int32_t native_matrix_row(const native_matrix *matrix, int32_t row, float *out);
+/* Bytes of the panels of a matrix, or -1 for a format or shape that cannot be. */
+NATIVE_API int64_t native_packed_bytes(int32_t format, int32_t outputs, int32_t inputs);
+/* Pack rows of a file into panels at `to`, which has native_packed_bytes; a matrix may be packed 16 n rows at a time. */
+NATIVE_API int32_t native_pack(int32_t format, const uint8_t *raw, int64_t raw_bytes, int32_t outputs, int32_t inputs,
+                               uint8_t *to, int64_t to_bytes);
+/* Column 0..15 of one panel as floats, times `scale`. */
+NATIVE_API int32_t native_panel_row(int32_t format, int32_t inputs, const uint8_t *panel, int32_t column, float scale,
+                                    float *out);
 /* Quantise x [rows, inputs] and multiply: y [rows, padded outputs]. */
 NATIVE_API int32_t native_matrix_multiply(const native_matrix *matrix, const char *isa, const float *x, int32_t rows, float *y);
 /* x [rows, inputs] to a [rows, inputs], scale and sum [rows, inputs / 32]. */

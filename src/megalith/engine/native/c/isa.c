@@ -66,7 +66,7 @@ const char *native_isas(int32_t usable) {
 
 int32_t native_struct_sizes(int32_t *sizes, int32_t room) {
     const int32_t all[] = {sizeof(struct native_config), sizeof(struct native_batch), sizeof(struct native_sampling),
-                           sizeof(struct native_result), sizeof(struct native_memory)};
+                           sizeof(struct native_result), sizeof(struct native_memory), sizeof(struct native_window)};
     int32_t count = sizeof all / sizeof *all;
     for (int32_t i = 0; i < count && i < room; i++) sizes[i] = all[i];
     return count < room ? count : room;

@@ -164,8 +164,7 @@ static void pack_panel(void *argument, int item, int worker) {
     matrix_pack_panel(task->to, task->format, task->raw, item);
 }
 
-/* Outputs and inputs that a tensor must have; inputs 0: a vector. */
-static void expected_shape(const struct native_config *c, int tensor, int *outputs, int *inputs) {
+void expected_shape(const struct native_config *c, int tensor, int *outputs, int *inputs) {
     int heads = c->num_heads * c->head_dim, kv = c->num_kv_heads * c->head_dim;
     const int shapes[NATIVE_TENSORS][2] = {
         [NATIVE_Q] = {heads, c->hidden},       [NATIVE_K] = {kv, c->hidden},
@@ -183,9 +182,9 @@ static void expected_shape(const struct native_config *c, int tensor, int *outpu
     *inputs = shapes[tensor][1];
 }
 
-static int is_top(int tensor) { return tensor == NATIVE_EMBED || tensor == NATIVE_HEAD || tensor == NATIVE_FINAL_NORM; }
+int is_top(int tensor) { return tensor == NATIVE_EMBED || tensor == NATIVE_HEAD || tensor == NATIVE_FINAL_NORM; }
 
-static struct matrix *matrix_slot(native_model *model, int layer, int tensor) {
+struct matrix *matrix_slot(native_model *model, int layer, int tensor) {
     if (tensor == NATIVE_EMBED) return &model->embed;
     if (tensor == NATIVE_HEAD) return &model->head_matrix;
     return &model->layers[layer].matrices[tensor];
@@ -245,12 +244,17 @@ static int vector_needed(const struct native_config *c, int tensor) {
     }
 }
 
+/* In memory, or attached to a window that is there. */
+static int matrix_there(const native_model *model, const struct matrix *w) {
+    return w->data != NULL || (w->bytes > 0 && model->window.acquire != NULL);
+}
+
 int32_t native_ready(native_model *model) {
     for (int tensor = 0; tensor < NATIVE_TENSORS; tensor++) {
         int first = is_top(tensor) ? -1 : 0, last = is_top(tensor) ? 0 : model->config.num_layers;
         if (tensor == NATIVE_HEAD && model->config.tied_embeddings) continue;
         for (int layer = first; layer < last; layer++) {
-            int missing = tensor < NATIVE_MATRICES ? matrix_slot(model, layer, tensor)->data == NULL
+            int missing = tensor < NATIVE_MATRICES ? !matrix_there(model, matrix_slot(model, layer, tensor))
                                                    : vector_needed(&model->config, tensor) &&
                                                          *vector_slot(model, layer, tensor) == NULL;
             if (missing)

@@ -9,6 +9,7 @@
 struct layer {
     struct matrix matrices[NATIVE_EMBED]; /* q, k, v, o, gate, up, down */
     float *vectors[NATIVE_TENSORS - NATIVE_MATRICES];
+    size_t offsets[NATIVE_EMBED]; /* of each matrix in its piece, where a window holds the weights */
     int32_t window, rope;
 };
 
@@ -39,6 +40,8 @@ struct native_model {
     struct layer *layers;
     struct matrix embed, head_matrix;
     const struct matrix *head; /* the embedding when tied */
+    struct native_window window; /* zeros: all weights stay in memory */
+    size_t head_offset;
     float *final_norm;
     float *rope_frequencies; /* [2, head_dim / 2] */
     struct arena *arena;     /* panels and vectors */
@@ -62,6 +65,15 @@ const struct kernels *kernels_by_name(const char *name);
 
 int workspace_create(native_model *model);
 void workspace_destroy(native_model *model);
+
+/* model.c: outputs and inputs that a tensor must have (inputs 0: a vector), and where a matrix is kept. */
+void expected_shape(const struct native_config *c, int tensor, int *outputs, int *inputs);
+int is_top(int tensor);
+struct matrix *matrix_slot(native_model *model, int layer, int tensor);
+
+/* window.c: point the matrices of a piece at where it lies now (0: refused), and say that it is not needed any more. */
+int piece_take(native_model *model, int layer, int piece, int first, int last);
+void piece_give(native_model *model, int piece);
 
 /* check.c: everything that could make a step read or write outside what it owns. */
 int check_config(const struct native_config *config, char *message);

@@ -63,7 +63,8 @@ static void embed_row(struct step *s, int row, int worker) {
     native_model *m = s->model;
     int half = s->c->head_dim / 2, position = s->batch->positions[row];
     (void)worker;
-    matrix_row(&m->embed, s->batch->tokens[row], s->c->embedding_scale, m->work.x + (size_t)row * s->c->hidden);
+    if (m->window.embed == NULL)
+        matrix_row(&m->embed, s->batch->tokens[row], s->c->embedding_scale, m->work.x + (size_t)row * s->c->hidden);
     for (int rope = 0; rope < 2; rope++) {
         size_t at = ((size_t)rope * s->c->max_rows + row) * half;
         for (int i = 0; i < half; i++) {
@@ -372,21 +373,43 @@ static void give_outputs(struct step *s) {
     m->work.a = all;
 }
 
+/* ---- weights that come and go ---- */
+
+static int take(struct step *s, int piece, int first, int last) {
+    if (s->model->window.acquire == NULL) return 1;
+    int there = piece_take(s->model, s->index, piece, first, last);
+    end_phase(s, NATIVE_PHASE_WAIT);
+    return there;
+}
+
+static int no_weights(struct step *s, int piece) {
+    return fail(s->model->message, NATIVE_NO_WEIGHTS, piece < 0 ? "the embedding rows did not come"
+                                                                : "piece %d of the weights did not come", piece);
+}
+
 static int run_step(struct step *s) {
     native_model *m = s->model;
     s->c = &m->config;
     s->rows = s->batch->num_rows;
     s->failed_output = -1;
     s->clock = now_ns();
+    if (m->window.embed != NULL && !m->window.embed(s->batch->tokens, s->rows, m->work.x)) return no_weights(s, -1);
     each_row(s, embed_row, s->rows);
     end_phase(s, NATIVE_PHASE_EMBED);
     for (s->index = 0; s->index < s->c->num_layers; s->index++) {
+        int piece = 2 * s->index;
         s->layer = &m->layers[s->index];
+        if (!take(s, piece, NATIVE_Q, NATIVE_O)) return no_weights(s, piece);
         attention_block(s);
+        piece_give(m, piece);
         if (s->rows == 0) return NATIVE_OK;
+        if (!take(s, piece + 1, NATIVE_GATE, NATIVE_DOWN)) return no_weights(s, piece + 1);
         ffn_block(s);
+        piece_give(m, piece + 1);
     }
+    if (!take(s, 2 * s->c->num_layers, NATIVE_HEAD, NATIVE_HEAD)) return no_weights(s, 2 * s->c->num_layers);
     give_outputs(s);
+    piece_give(m, 2 * s->c->num_layers);
     if (s->failed_output < 0) return NATIVE_OK;
     return fail(m->message, NATIVE_NO_TOKEN, "output %d has no token to give: every token is masked, or its logits are not numbers",
                 s->failed_output);

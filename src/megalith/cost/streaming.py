@@ -1,0 +1,56 @@
+"""Weights that are streamed from a disk in every step: memory and time.
+
+    time of a step = max(time with all weights in memory, bytes streamed / disk rate)
+
+Reads go on behind the computing, and on into the next step, so that only the slower of the two shows. Knows no disk.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from megalith.base.units import NS_PER_S
+from megalith.cost.compute import CostModel, StepCost, StepShape
+from megalith.cost.memory import WeightBytes
+from megalith.cost.profile import Profile
+from megalith.specs.model import ModelSpec
+
+ASSUMED_DISK_BYTES_PER_S = 1e9
+"""Of a disk that was not measured: a slow NVMe drive."""
+
+
+def disk_bytes_per_s(profile: Profile) -> tuple[float, str]:
+    """(rate, where it comes from): what `probe` measured, else an assumption."""
+    measured = profile.raw.get("disk_sequential_read_bytes_per_s")
+    return (measured, "measured by probe") if measured else (ASSUMED_DISK_BYTES_PER_S, "assumed; `probe` measures it")
+
+
+def piece_bytes(spec: ModelSpec, weights: WeightBytes) -> list[int]:
+    """Bytes of attention and FFN of each layer, then the head: what streams. All layers count as equal."""
+    attention = 2 * spec.hidden * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    ffn = 3 * spec.hidden * spec.ffn
+    layer = -(-weights.layers // spec.num_layers)
+    first = -(-layer * attention // (attention + ffn))
+    return [*([first, layer - first] * spec.num_layers), weights.head]
+
+
+def windowed(weights: WeightBytes, window_bytes: int) -> WeightBytes:
+    """What is in memory: the window, and norms and biases. An embedding table that is no head is read by the row."""
+    source = f"window of {weights.total:,} B: what stays, and a ring that the rest streams through"
+    return msgspec.structs.replace(weights, layers=window_bytes, experts=0, head=0, tables=0, source=source)
+
+
+class StreamingCostModel(CostModel):
+    """A CostModel whose steps wait for a disk."""
+
+    def __init__(self, cost: CostModel, stream_bytes: int, bytes_per_s: float) -> None:
+        super().__init__(cost.spec, cost.profile, cost.weights, cost.kv_format, cost.devices)
+        self.stream_ns = round(stream_bytes * NS_PER_S / bytes_per_s)
+
+    def step(self, shape: StepShape) -> StepCost:
+        """See CostModel; the disk counts as a link."""
+        cost = super().step(shape)
+        return StepCost(
+            max(cost.duration_ns, self.stream_ns), cost.compute_ns, cost.memory_ns, cost.link_ns + self.stream_ns,
+            cost.fixed_ns,
+        )  # fmt: skip

@@ -47,7 +47,9 @@ def encode(values: F32, format_name: str) -> U8:
     if not math.isfinite(peak):
         raise ModelFormatError("A weight is not a finite number: the source is damaged.")
     if peak > _LARGEST_HALF and format_name not in ("F32", "BF16"):
-        raise ModelFormatError(f"A weight of {peak:g} is beyond {format_name}, whose numbers end at 65504.", "Use BF16.")
+        raise ModelFormatError(
+            f"A weight of {peak:g} is beyond {format_name}, whose numbers end at 65504.", "Use BF16."
+        )
     out = np.zeros((blocks.shape[0], size_bytes), np.uint8)
     stride = max(1, _CHUNK_ELEMENTS // size)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
@@ -68,9 +70,10 @@ def _half(values: F32) -> F32:
 
 def _levels(x: F32, scale: F32, minimum: F32, low: int, high: int) -> F32:
     """The nearest level of each weight; level 0 (or the one nearest to it) where the scale is zero."""
-    q = np.rint((x - minimum) / scale)
+    q: F32 = np.rint((x - minimum) / scale)
     q[(scale == 0).ravel()] = 0
-    return np.clip(q, low, high, out=q)
+    np.clip(q, low, high, out=q)
+    return q
 
 
 class _Best:

@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "chat": "Talk to a local model, or to an endpoint.",
     "complete": "Complete one prompt and print the text.",
     "bench": "Measure: predicted against measured, or load on an endpoint (`bench serve`).",
+    "quantize": "Write a model with its weights in another format.",
     "plan": "Say what fits, how fast and at what cost, before loading anything.",
     "simulate": "Run a simulated cluster on a trace, under any policy.",
     "reproduce": "Reproduce a published system's claim, with its mechanism on and off.",

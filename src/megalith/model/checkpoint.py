@@ -115,6 +115,18 @@ class Checkpoint:
         if isinstance(self._files, GgufFile):
             self._files.forget()
 
+    def stored_name(self, name: str) -> str:
+        """The file's own name of canonical `name`."""
+        return self._entries[name].file_name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of canonical `name`."""
+        return self._entries[name].shape
+
+    def stored_format(self, name: str) -> str:
+        """The format in which the file holds canonical `name`."""
+        return self._entries[name].format
+
     def weight_bytes(self) -> int:
         """Bytes of all weights as stored."""
         return sum(self.formats().values())
@@ -169,7 +181,7 @@ def gguf_checkpoint(file: GgufFile) -> Checkpoint:
     spec = spec_from_gguf(file)
     _check_runnable(spec)
     stored = {name: (tensor.shape, tensor.type) for name, tensor in file.tensors.items()}
-    names = {name: _gguf_name(name) for name in expected_shapes(spec)}
+    names = {name: gguf_name(name) for name in expected_shapes(spec)}
     entries = _matched(spec, names, stored, "blk.", str(file.path))
     if spec.family == "llama":
         # llama.cpp's converter interleaves the rotary pairs of this family, and of no other that we read.
@@ -233,7 +245,8 @@ def _matched(
     return entries
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """The name that GGUF files give to canonical `name`."""
     if name in _GGUF_TOP:
         return _GGUF_TOP[name]
     _, layer, part, kind = name.split(".")
@@ -250,6 +263,12 @@ def _hf_name(name: str, trunk: str, post_norms: bool) -> str:
     _, layer, part, kind = name.split(".")
     words = _HF_LAYER | _HF_POST_NORMS if post_norms else _HF_LAYER
     return f"{trunk}layers.{layer}.{words[part]}.{kind}"
+
+
+def permuted(raw: U8, heads: int) -> U8:
+    """Rows of each head from half order to pair order, as GGUF files of the llama family hold q and k."""
+    halves = raw.reshape(heads, 2, raw.shape[0] // heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(raw.shape)
 
 
 def _unpermuted(raw: U8, heads: int, rows: int) -> U8:

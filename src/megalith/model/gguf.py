@@ -48,6 +48,8 @@ _TENSOR_TYPES = {
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
+TENSOR_TYPE_NUMBERS = {name: number for number, name in _TENSOR_TYPES.items()}
+"""The container's number of each weight format."""
 _U64 = struct.Struct("<Q")
 
 
@@ -75,12 +77,13 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
         self._parts: list[mmap.mmap] = []
+        self._spans: dict[str, tuple[int, int]] = {}
         for part, part_path in enumerate(_part_paths(self.path)):
             mapped = _map(part_path)
             header = _Header(mapped, part_path, part)
             header.read()
             if part == 0:
-                self.metadata, self.version = header.metadata, header.version
+                self.metadata, self.version, self._spans = header.metadata, header.version, header.spans
             twice = self.tensors.keys() & header.tensors.keys()
             if twice:
                 raise ModelFormatError(f"{part_path}: tensor {min(twice)} is already in an earlier part of this model.")
@@ -92,6 +95,11 @@ class GgufFile:
                 f"{self.path} says that it is one of {split} files, but {len(self._parts)} was given.",
                 "Keep the names ending in -00001-of-0000N.gguf, all in one folder, and open the first.",
             )
+
+    def metadata_bytes(self, key: str) -> bytes:
+        """The pair of `key` exactly as the file has it: key, value type, value."""
+        start, end = self._spans[key]
+        return self._parts[0][start:end]
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The bytes of tensor `name`, a read-only view of the mapped file: nothing is read until it is touched."""
@@ -146,6 +154,7 @@ class _Header:
     def __init__(self, mapped: mmap.mmap, path: Path, part: int) -> None:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
         self.version = 0
         self._map, self._path, self._part = mapped, path, part
         self._size = len(mapped)
@@ -169,10 +178,12 @@ class _Header:
         self._check_count(key_count, 13, "keys", _MAX_ARRAY_ELEMENTS)
         self._check_count(tensor_count, 32, "tensors", _MAX_TENSORS)
         for _ in range(key_count):
+            start = self._at
             key = self._string("a key")
             if key in self.metadata:
                 raise self._bad(f"has the key {key!r} twice")
             self.metadata[key] = self._value(self._number("<I", f"type of {key}"), key, 0)
+            self.spans[key] = (start, self._at)
         self._tensors(tensor_count)
 
     def _tensors(self, count: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalith.engine.native import binding, build
+from megalith.engine.native import binding, build, single
 from megalith.model.formats import dequantize
 from tests.engine.native_models import quantized, random_raw
 
@@ -30,9 +30,9 @@ def usable_isas() -> tuple[str, ...]:
     return everything().isas()
 
 
-def matrix(kind: str, rows: int, cols: int, seed: int) -> tuple[binding.PackedMatrix, np.ndarray]:
+def matrix(kind: str, rows: int, cols: int, seed: int) -> tuple[single.PackedMatrix, np.ndarray]:
     raw = random_raw(np.random.default_rng(seed), kind, rows, cols)
-    return binding.PackedMatrix(everything(), kind, raw, (rows, cols)), dequantize(raw, kind, (rows, cols))
+    return single.PackedMatrix(everything(), kind, raw, (rows, cols)), dequantize(raw, kind, (rows, cols))
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -55,7 +55,7 @@ def test_rounded_formats_stay_within_half_a_step_of_their_group(kind: str) -> No
 def test_packing_refuses_a_shape_that_does_not_fit() -> None:
     for kind, shape, num_bytes in (("Q8_0", (4, 48), 4 * 51), ("Q4_K", (1, 128), 72), ("Q8_0", (4, 64), 4 * 68 - 1)):
         with pytest.raises(ValueError, match="cannot have"):
-            binding.PackedMatrix(everything(), kind, np.zeros(num_bytes, np.uint8), shape)
+            single.PackedMatrix(everything(), kind, np.zeros(num_bytes, np.uint8), shape)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +84,7 @@ def test_largest_values_do_not_overflow(kind: str) -> None:
     block = raw.reshape(16, -1, raw.shape[1] // (2 if kind.endswith("_K") else 16))
     for fill in (0xFF, 0x00, 0x80, 0x7F):
         block[:, :, start:] = fill
-        packed = binding.PackedMatrix(everything(), kind, raw, (16, 512))
+        packed = single.PackedMatrix(everything(), kind, raw, (16, 512))
         values = dequantize(raw, kind, (16, 512)).astype(np.float64)
         for x in (np.ones((2, 512)), -np.ones((2, 512)), np.tile([1.0, -1.0], (2, 256))):
             exact = x @ values.T
@@ -122,7 +122,7 @@ def test_activations_are_rounded_as_said(rows: int, groups: int, seed: int, powe
     x = (np.random.default_rng(seed).standard_normal((rows, groups * 32)) * 2.0**power).astype(np.float32)
     x[0, :32] = 0
     for isa in usable_isas():
-        a, scale, total = binding.quantize(everything(), x, isa)
+        a, scale, total = single.quantize(everything(), x, isa)
         wide = np.repeat(scale, 32, axis=1)
         np.testing.assert_array_equal((a * wide).astype(np.float32), quantized(x))
         sums = a.reshape(rows, groups, 32).sum(2, dtype=np.int64)

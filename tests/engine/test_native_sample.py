@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megalith.base.errors import StepFailed
 from megalith.engine import sampling as reference
-from megalith.engine.native import binding, build
+from megalith.engine.native import binding, build, single
 from tests.engine.native_models import sampling_of
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C comp
 def sample(logits: np.ndarray, isa: str | None = None, **changes: np.ndarray) -> tuple[int, int]:
     """What the native sampler and the reference give."""
     how = sampling_of(1, **changes)
-    native = binding.sample(binding.load(), logits, how, isa)
+    native = single.sample(binding.load(), logits, how, isa)
     return int(native.tokens_N[0]), int(reference.sample(logits[None, :], how).tokens_N[0])
 
 
@@ -106,7 +106,7 @@ def test_log_probabilities_equal_the_reference(seed: int, vocab: int, wanted: in
         1, num_logprobs_N=np.array([wanted], np.int32), bias_starts_N1=np.array([0, 1], np.int32),
         bias_ids=np.array([vocab // 2], np.int32), bias_values=np.array([50], np.float32),
     )  # fmt: skip
-    got, expected = binding.sample(binding.load(), logits, how), reference.sample(logits[None, :], how)
+    got, expected = single.sample(binding.load(), logits, how), reference.sample(logits[None, :], how)
     assert got.logprobs_N is not None
     assert expected.logprobs_N is not None
     assert got.top_ids_NK is not None
@@ -122,7 +122,7 @@ def test_log_probabilities_equal_the_reference(seed: int, vocab: int, wanted: in
 def test_a_target_is_scored_and_not_drawn() -> None:
     logits = logits_of(5, 300, 2.0)
     how = sampling_of(1, targets_N=np.array([77], np.int32), num_logprobs_N=np.array([2], np.int32))
-    got, expected = binding.sample(binding.load(), logits, how), reference.sample(logits[None, :], how)
+    got, expected = single.sample(binding.load(), logits, how), reference.sample(logits[None, :], how)
     assert got.tokens_N[0] == 77
     assert got.logprobs_N is not None
     assert expected.logprobs_N is not None
@@ -145,6 +145,6 @@ def test_a_row_without_a_token_is_refused(poison: str, temperature: float) -> No
     else:
         changes |= {"masks": np.zeros((1, 16), np.uint32), "mask_rows_N": np.zeros(1, np.int32)}
     with pytest.raises(StepFailed):
-        binding.sample(binding.load(), logits, sampling_of(1, **changes))
+        single.sample(binding.load(), logits, sampling_of(1, **changes))
     with pytest.raises(StepFailed):
         reference.sample(logits[None, :], sampling_of(1, **changes))

@@ -24,7 +24,7 @@ from megalith.base.config import Config
 from megalith.base.errors import TierError
 from megalith.base.home import home_dir
 from megalith.base.units import MIB, format_bytes
-from megalith.engine.native import binding
+from megalith.engine.native import binding, single
 from megalith.model.checkpoint import Tensor
 from megalith.specs.model import ModelSpec
 from megalith.tier.disk import ALIGN, DirectFile
@@ -106,7 +106,7 @@ def packed_size(spec: ModelSpec, weights: Weights) -> int:
     for _, tensors in pieces_of(spec):
         for _, _, name in tensors:
             found = weights.tensor(name)
-            total += binding.packed_bytes(library, found.format, found.shape[0], found.shape[1]) + 64
+            total += single.packed_bytes(library, found.format, found.shape[0], found.shape[1]) + 64
         total += ALIGN
     return total
 
@@ -165,12 +165,12 @@ def _pack_matrix(writer: _Writer, tensor: Tensor, forget: Callable[[], None] | N
     """A few panels at a time, so that neither the file's pages nor the panels add up."""
     library = binding.load()
     outputs, inputs = tensor.shape
-    panel = binding.packed_bytes(library, tensor.format, 16, inputs)
+    panel = single.packed_bytes(library, tensor.format, 16, inputs)
     rows = 16 * max(1, _CHUNK_BYTES // panel)
     for first in range(0, outputs, rows):
         raw = tensor.raw[first : first + rows]
         to = np.empty(-(-raw.shape[0] // 16) * panel, np.uint8)
-        binding.pack_into(library, tensor.format, raw, inputs, to)
+        single.pack_into(library, tensor.format, raw, inputs, to)
         writer.append(to)
         if forget is not None:
             forget()

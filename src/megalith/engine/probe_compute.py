@@ -82,7 +82,7 @@ def attention_figures(threads: int) -> Iterator[tuple[str, float]]:
 
 def native_figures(threads: int) -> Iterator[tuple[str, float]]:
     """FLOP/s of the native kernels on one thread by format and shape; the best multiply-add rate times `threads`."""
-    from megalith.engine.native import binding
+    from megalith.engine.native import binding, single
     from megalith.engine.probe import best_ns
 
     library, best = binding.load(), 0.0
@@ -95,7 +95,7 @@ def native_figures(threads: int) -> Iterator[tuple[str, float]]:
             raw[:, 1] = 0x1C
             if name == "Q4_1":
                 raw[:, 3] = 0x1C
-            matrix = binding.PackedMatrix(library, name, raw.reshape(outputs, -1), (outputs, inputs))
+            matrix = single.PackedMatrix(library, name, raw.reshape(outputs, -1), (outputs, inputs))
             for rows in ROWS:
                 x = draw.standard_normal((rows, inputs), np.float32)
                 duration_ns = best_ns(partial(matrix.multiply, x), _BUDGET_NS)

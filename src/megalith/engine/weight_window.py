@@ -15,7 +15,7 @@ import numpy as np
 
 from megalith.base.errors import TierError
 from megalith.engine.batch import F32, I32
-from megalith.engine.native import binding
+from megalith.engine.native import binding, single
 from megalith.engine.packed_file import U8, Matrix, PackedFile
 from megalith.policy.weight_window import lay_out
 from megalith.specs.model import ModelSpec
@@ -119,11 +119,11 @@ class WeightWindow:
     def embed(self, tokens_M: I32, x_MD: F32) -> None:
         """As WeightSource says. A panel of 16 rows is read for each distinct token, unless the table stays."""
         library, matrix = binding.load(), self._embed
-        panel_bytes = binding.packed_bytes(library, matrix.format, 16, matrix.inputs)
+        panel_bytes = single.packed_bytes(library, matrix.format, 16, matrix.inputs)
         for token in np.unique(tokens_M):
             panel = self._panel(matrix, int(token) // 16, panel_bytes)
             rows = np.flatnonzero(tokens_M == token)
-            binding.panel_row(library, matrix.format, panel, int(token) % 16, self._scale, x_MD[rows[0]])
+            single.panel_row(library, matrix.format, panel, int(token) % 16, self._scale, x_MD[rows[0]])
             x_MD[rows[1:]] = x_MD[rows[0]]
 
     def _panel(self, matrix: Matrix, number: int, panel_bytes: int) -> U8:

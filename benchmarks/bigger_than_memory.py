@@ -30,7 +30,8 @@ from megalith.base.confined import Confinement, Peak, run_confined
 from megalith.base.errors import MegalithError
 from megalith.base.memory_sample import drop_cached
 from megalith.base.units import GIB, NS_PER_S, format_bytes, parse_bytes
-from megalith.engine.probe_disk import aligned_buffer
+from megalith.tier.disk import DirectFile
+from megalith.tier.memory import HugeBuffer
 
 PROMPT = "The capital of France is"
 PIECE_BYTES = 4 << 20
@@ -121,18 +122,13 @@ def limited(command: Sequence[str], out: Path, options: argparse.Namespace, rate
 def direct_rate(path: Path) -> float:
     """Bytes a second of direct reads of the model file, past the page cache."""
     drop_cached([path])
-    handle, buffer = os.open(path, os.O_RDONLY | os.O_DIRECT), aligned_buffer(PIECE_BYTES)
-    buffer[:1] = b"\0"
-    try:
-        end = min(READ_BYTES, os.fstat(handle).st_size // PIECE_BYTES * PIECE_BYTES)
+    with DirectFile(path) as file, HugeBuffer(PIECE_BYTES) as buffer:
+        buffer.view[:1] = b"\0"
+        end = min(READ_BYTES, file.size // PIECE_BYTES * PIECE_BYTES)
         begin_ns = time.perf_counter_ns()
-        at = 0
-        while at < end:
-            at += os.preadv(handle, [buffer], at) or end
-        return at * NS_PER_S / (time.perf_counter_ns() - begin_ns)
-    finally:
-        os.close(handle)
-        buffer.close()
+        for at in range(0, end, PIECE_BYTES):
+            file.read_into(at, buffer.view)
+        return end * NS_PER_S / (time.perf_counter_ns() - begin_ns)
 
 
 def row(name: str, found: list[Figures], options: argparse.Namespace) -> history.Row:

@@ -61,6 +61,12 @@ class RandomCheckpoint:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def stored_format(self, name: str) -> str:
+        return self.tensors[name].format
+
     def formats(self) -> dict[str, int]:
         return {t.format: 1 for t in self.tensors.values()}
 

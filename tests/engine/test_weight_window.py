@@ -19,6 +19,7 @@ from megalith.engine.weight_window import WeightWindow
 from megalith.policy.weight_window import lay_out
 from megalith.specs.model import ModelSpec
 from megalith.tier.disk import DirectFile
+from megalith.tier.memory import HUGE_PAGE_BYTES
 from tests.engine.native_models import SPECS, RandomCheckpoint, batch_of, llama
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
@@ -69,7 +70,7 @@ def test_layouts_keep_to_the_budget() -> None:
         sizes = [int(size) for size in rng.integers(1, 30 * MIB, int(rng.integers(3, 40)))]
         budget = int(rng.integers(1, sum(sizes)))
         try:
-            layout = lay_out(sizes, budget)
+            layout = lay_out(sizes, budget, HUGE_PAGE_BYTES)
         except DoesNotFit:
             assert budget < 3 * (max(sizes) + 2 * MIB)
             continue

@@ -205,8 +205,13 @@ def test_close_wakes_a_submitter_that_waits_for_room() -> None:
 def test_close_from_inside_a_move_does_not_wait_for_itself() -> None:
     mover = Mover()
     mover.add_link("disk")
-    mover.submit(Move("disk", 1, mover.close)).wait(5 * NS_PER_S)
+    ticket = mover.submit(Move("disk", 1, mover.close))
+    ticket.wait(5 * NS_PER_S)
     mover.close()
+    assert ticket.done
+    assert ticket.error is None
+    with pytest.raises(TierError, match="closed before"):
+        mover.submit(Move("disk", 1, nothing))
 
 
 def test_links_have_to_be_declared_once() -> None:

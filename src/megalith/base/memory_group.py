@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalith.base.errors import MachineError
+from megalith.base.memory_sample import kernel_lines
 from megalith.base.units import format_bytes
 
 _PREFIX = "megalith-"
@@ -72,11 +73,11 @@ def find_place(proc: Path = _PROC) -> Place | str:
 def _candidates(proc: Path) -> list[Place]:
     """Groups to try, ours first. In version 2 ours holds processes, so the group above, where it is lent to us."""
     groups = {}
-    for line in _lines(proc / "self/cgroup"):
+    for line in kernel_lines(proc / "self/cgroup"):
         _, controllers, path = line.split(":", 2)
         groups[controllers or "v2"] = path
     found = []
-    for mount in _lines(proc / "self/mountinfo"):
+    for mount in kernel_lines(proc / "self/mountinfo"):
         fields, _, source = mount.partition(" - ")
         root, point = (_unescaped(text) for text in fields.split()[3:5])
         kind, _, options = source.split(" ", 2)
@@ -88,7 +89,7 @@ def _candidates(proc: Path) -> list[Place]:
             for folder in (own, *own.parents):
                 if not folder.is_relative_to(point):
                     break
-                if "memory" in " ".join(_lines(folder / "cgroup.subtree_control")).split():
+                if "memory" in " ".join(kernel_lines(folder / "cgroup.subtree_control")).split():
                     found.append(Place(folder, V2))
     return found
 
@@ -101,13 +102,6 @@ def _below(point: str, root: str, path: str) -> Path:
 
 def _unescaped(text: str) -> str:
     return text.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 class MemoryGroup:
@@ -145,7 +139,7 @@ class MemoryGroup:
 
     def kills(self) -> int:
         """Processes that the kernel killed because the limit left no other way."""
-        for line in _lines(self.folder / self._names.events):
+        for line in kernel_lines(self.folder / self._names.events):
             name, _, count = line.partition(" ")
             if name == "oom_kill":
                 return int(count)
@@ -153,7 +147,7 @@ class MemoryGroup:
 
     def processes(self) -> list[int]:
         """Process ids inside."""
-        return [int(line) for line in _lines(self.folder / "cgroup.procs")]
+        return [int(line) for line in kernel_lines(self.folder / "cgroup.procs")]
 
     def close(self) -> None:
         """End what is still inside, and remove the group; what cannot be removed now is left to `clear_stale`."""

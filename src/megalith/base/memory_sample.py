@@ -101,7 +101,7 @@ class MemorySampler:
         total = 0
         for process in _tree(pid):
             self._look_for_files(process)
-            for line in _lines(_PROC / str(process) / "smaps_rollup"):
+            for line in kernel_lines(_PROC / str(process) / "smaps_rollup"):
                 if line.startswith(_ANONYMOUS):
                     total += int(line.split()[1]) * 1024
         return total + sum(cached_bytes(path) for path in self._files.values())
@@ -109,7 +109,7 @@ class MemorySampler:
     def _look_for_files(self, pid: int) -> None:
         for entry in _children(_PROC / str(pid) / "fd"):
             self._note(str(entry))
-        maps = _lines(_PROC / str(pid) / "maps")
+        maps = kernel_lines(_PROC / str(pid) / "maps")
         for path in {line.split(maxsplit=5)[5] for line in maps if line.count("/") and len(line.split(maxsplit=5)) > 5}:
             if path.startswith("/") and not path.startswith(("/dev/", "/memfd:", "/SYSV")):
                 self._note(path)
@@ -131,7 +131,7 @@ def _tree(pid: int) -> list[int]:
         process = waiting.pop()
         found.append(process)
         for thread in _children(_PROC / str(process) / "task"):
-            waiting += [int(word) for line in _lines(thread / "children") for word in line.split()]
+            waiting += [int(word) for line in kernel_lines(thread / "children") for word in line.split()]
     return found
 
 
@@ -142,7 +142,8 @@ def _children(folder: Path) -> list[Path]:
         return []
 
 
-def _lines(path: Path) -> list[str]:
+def kernel_lines(path: Path) -> list[str]:
+    """Lines of a file of the kernel's; none where it is not there or may not be read."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:

@@ -8,11 +8,10 @@ the disk: there is never half of one under its name. Packing holds a few MiB at 
 from __future__ import annotations
 
 import hashlib
-import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from megalith.base.config import Config
 from megalith.base.errors import TierError
 from megalith.base.home import home_dir
 from megalith.base.units import MIB, format_bytes
+from megalith.base.whole_file import written_whole
 from megalith.engine.native import binding, single
 from megalith.model.checkpoint import Tensor
 from megalith.specs.model import ModelSpec
@@ -78,6 +78,14 @@ class Weights(Protocol):
         """The tensor of a canonical name."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+        ...
+
+    def stored_format(self, name: str) -> str:
+        """Its format, without reading it."""
+        ...
+
 
 def packed_path(source: Path) -> Path:
     """Where the packed file of the model at `source` belongs: its name changes with the source and the layout."""
@@ -105,8 +113,8 @@ def packed_size(spec: ModelSpec, weights: Weights) -> int:
     library, total = binding.load(), ALIGN
     for _, tensors in pieces_of(spec):
         for _, _, name in tensors:
-            found = weights.tensor(name)
-            total += single.packed_bytes(library, found.format, found.shape[0], found.shape[1]) + 64
+            outputs, inputs = weights.shape(name)
+            total += single.packed_bytes(library, weights.stored_format(name), outputs, inputs) + 64
         total += ALIGN
     return total
 
@@ -117,23 +125,15 @@ def ensure_packed(path: Path, spec: ModelSpec, weights: Weights, progress: Progr
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = packed_size(spec, weights) + MIB
-    status = os.statvfs(path.parent)
-    free = status.f_bavail * status.f_frsize
+    free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise TierError(
             f"The packed weights of {spec.name} take {format_bytes(needed)} under {path.parent}, where "
             f"{format_bytes(free)} are free.",
             "Free some, or set MEGALITH_HOME to a folder on a larger disk.",
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with _Writer(partial) as writer:
-            _pack(writer, spec, weights, progress)
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    with written_whole(path) as partial, _Writer(partial) as writer:
+        _pack(writer, spec, weights, progress)
     return path
 
 

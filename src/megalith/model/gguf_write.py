@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from megalith.base.errors import ConfigError, MachineError
 from megalith.base.units import format_bytes
+from megalith.base.whole_file import written_whole
 from megalith.model.formats import row_bytes
 from megalith.model.gguf import TENSOR_TYPE_NUMBERS
 
@@ -78,19 +78,14 @@ def write_gguf(
     header = _header(pairs, tensors)
     total = len(header) + sum(_padded(tensor.num_bytes) for tensor in tensors)
     check_target(path, total, force=force)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("xb") as out:
+        with written_whole(path) as partial, partial.open("xb") as out:
             out.write(header)
             _write_tensors(out.write, tensors, pieces)
             out.flush()
             os.fsync(out.fileno())
-        partial.replace(path)
     except OSError as error:
         raise MachineError(f"Writing {path} ({format_bytes(total)}) failed: {error.strerror}.") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return total
 
 

@@ -23,6 +23,7 @@ from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
 from megalith.policy.weight_window import lay_out, least_bytes
 from megalith.specs.plan import ServePlan
+from megalith.tier.memory import HUGE_PAGE_BYTES
 
 SMALLEST_CONTEXT = 256
 """A context that nobody asked for is never derived shorter than this."""
@@ -59,6 +60,8 @@ class EngineSettings(Protocol):
     def num_host_blocks(self) -> int | None: ...  # noqa: D102
     @property
     def threads(self) -> int | None: ...  # noqa: D102
+    @property
+    def weights(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ def check_fits(
 
 
 def _may_stream(config: EngineSettings, fits: bool) -> bool:
-    choice = getattr(config, "weights", "auto")
+    choice = config.weights
     return choice == "window" or (choice == "auto" and not fits)
 
 
@@ -132,7 +135,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
     if request.spec.num_experts:
         return None
     sizes = piece_bytes(request.spec, request.weights)
-    least = least_bytes(sizes)
+    least = least_bytes(sizes, HUGE_PAGE_BYTES)
     empty = _with(request, window_bytes=least, num_host_blocks=config.num_host_blocks or 0)
     room = blocks_that_fit(empty)
     one = blocks_for(request.context, request.block_tokens)
@@ -146,7 +149,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
     left = int((request.limit_bytes - need_bytes(empty, blocks)[1]) / 1.02)
     if left < least:
         return None
-    layout = lay_out(sizes, left)
+    layout = lay_out(sizes, left, HUGE_PAGE_BYTES)
     streamed = sum(sizes[piece] for piece in layout.streamed)
     return msgspec.structs.replace(empty, window_bytes=left if streamed else layout.num_bytes, stream_bytes=streamed)
 

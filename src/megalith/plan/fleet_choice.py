@@ -20,21 +20,22 @@ def make_choice(
     unit = kind.ability.price_per_hour_usd
     price = None if unit is None else unit * size.instances
     tokens = 0.0 if trial is None else trial.output_tokens_per_s
-    figures = {} if trial is None else trial.figures_ns
-
-    def figure(metric: str) -> float | None:
-        return next((figures.get(str(bound)) for bound in slo.bounds if bound.metric == metric), None)
-
     return Choice(
         shape=kind.shape, size=size, flags=kind.shape.flags(size),
         devices=size.instances * kind.shape.devices, objective=objective,
         price_per_hour_usd=price, power_w=None if trial is None else trial.power_w,
         price_per_million_tokens_usd=None if price is None or tokens <= 0 else price / (tokens * 3600) * 1e6,
         trial=trial,
-        ttft_ns=figure("ttft") if prediction is None else prediction.ttft_ns,
-        tpot_ns=figure("tpot") if prediction is None else prediction.tpot_ns,
+        ttft_ns=latency(slo, trial, "ttft") if prediction is None else prediction.ttft_ns,
+        tpot_ns=latency(slo, trial, "tpot") if prediction is None else prediction.tpot_ns,
         margin=prediction.margin if prediction is not None else None if trial is None else trial.margin,
     )  # fmt: skip
+
+
+def latency(slo: Slo, trial: Trial | None, metric: str) -> float | None:
+    """What the trial had where the service level first bounds `metric` (ttft or tpot), in ns."""
+    figures = {} if trial is None else trial.figures_ns
+    return next((figures.get(str(bound)) for bound in slo.bounds if bound.metric == metric), None)
 
 
 def order(choice: Choice) -> tuple[float, int, int, int, float]:

@@ -15,6 +15,7 @@ import msgspec
 from megalith.base.errors import CapacityError
 from megalith.plan.fleet import plan_fleet
 from megalith.plan.fleet_answer import Choice, Contribution, FleetPlan
+from megalith.plan.fleet_choice import latency
 from megalith.plan.fleet_question import FleetQuestion
 from megalith.plan.fleet_trial import Probe, Trial, probe
 from megalith.plan.mechanisms import POLCA, WORTH, put
@@ -93,14 +94,10 @@ def _chosen(
     question: FleetQuestion, plan: FleetPlan, rated: FleetPlan | None, trial: Trial, objective: float
 ) -> FleetPlan:
     shape = msgspec.structs.replace(plan.winner.shape, extras=(*plan.winner.shape.extras, "polca"))
-    found = trial.figures_ns
-    figures = {
-        metric: next((found.get(str(bound)) for bound in question.slo.bounds if bound.metric == metric), None)
-        for metric in ("ttft", "tpot")
-    }
     winner = msgspec.structs.replace(
         plan.winner, shape=shape, flags=shape.flags(plan.winner.size), trial=trial, power_w=trial.power_w,
-        objective=objective, ttft_ns=figures["ttft"], tpot_ns=figures["tpot"], margin=trial.margin,
+        objective=objective, ttft_ns=latency(question.slo, trial, "ttft"), tpot_ns=latency(question.slo, trial, "tpot"),
+        margin=trial.margin,
     )  # fmt: skip
     beside_w = question.beside_w * shape.devices
     notes = [

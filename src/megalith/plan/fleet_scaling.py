@@ -16,6 +16,7 @@ import msgspec
 
 from megalith.base.units import NS_PER_S
 from megalith.plan.fleet_answer import Choice, Contribution, FleetPlan
+from megalith.plan.fleet_choice import latency
 from megalith.plan.fleet_load import Load, cut
 from megalith.plan.fleet_question import FleetQuestion, Shape
 from megalith.plan.fleet_trial import Probe, Trial, perform
@@ -135,15 +136,11 @@ def _answer(
     share = best.mean_instances / winner.size.instances
     price = winner.price_per_hour_usd
     tokens = best.output_tokens_per_s * 3600 / 1e6
-    figures = {
-        metric: next((best.figures_ns.get(str(one)) for one in question.slo.bounds if one.metric == metric), None)
-        for metric in ("ttft", "tpot")
-    }
     chosen = msgspec.structs.replace(
         winner, shape=shape, flags=shape.flags(winner.size), objective=objective, trial=best, power_w=best.power_w,
         price_per_hour_usd=None if price is None else price * share,
         price_per_million_tokens_usd=None if price is None or tokens <= 0 else price * share / tokens,
-        ttft_ns=figures["ttft"], tpot_ns=figures["tpot"], margin=best.margin,
+        ttft_ns=latency(question.slo, best, "ttft"), tpot_ns=latency(question.slo, best, "tpot"), margin=best.margin,
     )  # fmt: skip
     note = "The fleet scales: money is for the hours of its instances; headroom and risks are those of all of them."
     changed = msgspec.structs.replace(plan, winner=chosen, runner_up=winner, notes=[*plan.notes, note])

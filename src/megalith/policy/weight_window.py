@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalith.base.errors import DoesNotFit
-from megalith.base.units import MIB, format_bytes
+from megalith.base.units import format_bytes
 
-HUGE_PAGE_BYTES = 2 * MIB
 SLOTS = 3
 """Of the ring: one that is computed from, and two that are read into at once."""
 
@@ -29,8 +28,8 @@ class Layout:
         return self.pinned_bytes + self.slots * self.slot_bytes
 
 
-def lay_out(sizes: Sequence[int], budget_bytes: int, page_bytes: int = HUGE_PAGE_BYTES) -> Layout:
-    """The layout for pieces of `sizes` bytes, the last of which is the head, in `budget_bytes`.
+def lay_out(sizes: Sequence[int], budget_bytes: int, page_bytes: int) -> Layout:
+    """The layout for pieces of `sizes` bytes, the last of which is the head, in `budget_bytes` of pages.
 
     The head is pinned first: steps without an output do not use it. Then layers, spread evenly, so that the disk reads
     on while what stays is computed. Raises DoesNotFit when not even two slots fit.
@@ -66,7 +65,7 @@ def _whole(num_bytes: int, page_bytes: int) -> int:
     return -(-num_bytes // page_bytes) * page_bytes
 
 
-def least_bytes(sizes: Sequence[int], page_bytes: int = HUGE_PAGE_BYTES) -> int:
+def least_bytes(sizes: Sequence[int], page_bytes: int) -> int:
     """The smallest budget that `lay_out` accepts: the head may be the largest piece, and is better pinned then."""
     last = len(sizes) - 1
     return min(_layout(sizes, kept, page_bytes).num_bytes for kept in (frozenset[int](), frozenset({last})))

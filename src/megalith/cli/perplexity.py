@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 from cyclopts import App
 
 from megalith.base.errors import ConfigError
 from megalith.cli.output import JsonFlag, print_json, progress, say
+from megalith.engine.api import ComputeMode
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from megalith.engine.launch import BuiltEngine
-
-Mode = Literal["auto", "native", "bf16", "float32"]
+    from megalith.engine.perplexity import Perplexity
 
 app = App(
     name="perplexity",
     help="Measure a model's perplexity, alone or against a reference.",
     help_format="plaintext",
     help_epilogue="""\
-The text is prose of this project's own guides unless --text names another. Figures
-compare only with the same text, tokenizer and context.
+The second half of each window is scored. Figures compare only with the same text,
+tokenizer and context; the text that comes with Megalith is six chapters of a novel
+of 1890.
 
 Examples:
   megalith perplexity smollm2
   megalith perplexity small.gguf --against smollm2
-  megalith perplexity smollm2 --mode native --against smollm2 --against-mode float32 --json""",
+  megalith perplexity smollm2 --mode native --against float32 --tokens 4096
+  megalith perplexity smollm2 --text notes.txt --context 1024 --json""",
 )
 
 
@@ -40,9 +39,8 @@ def perplexity(
     text: Path | None = None,
     context: int = 512,
     tokens: int | None = None,
-    mode: Mode = "auto",
+    mode: ComputeMode = "auto",
     against: str | None = None,
-    against_mode: Mode = "float32",
     threads: int | None = None,
     json: JsonFlag = False,
 ) -> int:
@@ -55,75 +53,76 @@ def perplexity(
     text
         A UTF-8 file; by default the text that comes with Megalith.
     context
-        Tokens of a window; each is scored from its second token on.
+        Tokens of a window.
     tokens
         Only so many tokens of the text.
     mode
         Which runner: auto, native, bf16 or float32.
     against
-        A reference with the same tokenizer: adds its perplexity, the KL divergence and how often both agree.
-    against_mode
-        The reference's runner.
+        A mode, for the same model in it, or a model with the same tokenizer: adds the KL divergence from it and how
+        often both agree.
     threads
         Threads; by default one for each core.
     """
     from megalith.engine import perplexity as scoring
 
-    if context < 2 or (tokens is not None and tokens < 2):
-        raise ConfigError(f"--context {context} and --tokens {tokens} leave nothing to score.", "Give at least 2.")
+    path = scoring.TEXT if text is None else text
     try:
-        body = (text or scoring.TEXT).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{text} cannot be read as UTF-8 text: {error}.") from None
+        body = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start:,} is not.", "Convert it first.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     built: list[BuiltEngine] = []
     try:
         built.append(_build(model, mode, context, threads))
-        parts = _parts(built[0], body, context, tokens)
+        parts = scoring.windows(built[0].model.tokenizer, body, context, tokens)
         if against is not None:
-            built.append(_build(against, against_mode, context, threads))
-            if [p.tolist() for p in _parts(built[1], body, context, tokens)] != [p.tolist() for p in parts]:
+            other_mode = next((known for known in get_args(ComputeMode) if known == against), None)
+            built.append(_build(against if other_mode is None else model, other_mode or mode, context, threads))
+            theirs = scoring.windows(built[1].model.tokenizer, body, context, tokens)
+            if [p.tolist() for p in theirs] != [p.tolist() for p in parts]:
                 raise ConfigError(f"{model} and {against} cut the text into different tokens: nothing compares.")
         reference = built[1].runner if against is not None else None
-        with progress("scoring", sum(map(len, parts)), "tokens") as advance:
-            found = scoring.measure(built[0].runner, parts, context, reference, advance)
-        runner = built[0].runner.name
+        with progress("scoring", scoring.tokens_run(parts), "tokens") as advance:
+            found = scoring.measure(built[0].runner, parts, reference, advance)
+        names = [each.runner.name for each in built]
     finally:
         for each in built:
             each.runner.close()
     if json:
         import msgspec
 
-        print_json({"model": model, "runner": runner, "against": against, **msgspec.structs.asdict(found)})
+        runners = {"runner": names[0], "reference": against, "reference_runner": names[1] if against else None}
+        print_json({"model": model, **runners, "text": str(path), **msgspec.structs.asdict(found)})
         return 0
-    print(f"{model} ({runner}), {found.tokens} tokens in windows of {context}, measured:")
-    print(f"perplexity {found.perplexity:.3f}, {found.bits_per_token:.4f} bits/token")
-    if found.mean_kl_nats is not None:
-        print(
-            f"against {against} ({against_mode}, perplexity {found.reference_perplexity:.3f}): "
-            f"KL {found.mean_kl_nats:.5f} nats, same first choice {found.top1_agreement:.2%}"
-        )
+    print(_paragraph(found, model, names, against))
     return 0
 
 
-def _build(model: str, mode: Mode, context: int, threads: int | None) -> BuiltEngine:
+def _paragraph(found: Perplexity, model: str, runners: list[str], against: str | None) -> str:
+    lines = [
+        f"{model} on {runners[0]}: perplexity {found.perplexity:.3f} ± {found.standard_error:.3f} "
+        f"(measured; {found.tokens:,} tokens, the second halves of {found.windows:,} windows of {found.context:,})"
+    ]
+    if found.mean_kl_nats is not None:
+        lines.append(
+            f"against {against} on {runners[1]} (perplexity {found.reference_perplexity:.3f}): KL divergence "
+            f"{found.mean_kl_nats:.5f} ± {found.kl_standard_error:.5f} nats, "
+            f"same first choice {found.top1_agreement:.2%}"
+        )
+    return "\n".join(lines)
+
+
+def _build(model: str, mode: ComputeMode, context: int, threads: int | None) -> BuiltEngine:
+    """One sequence's worth of an engine. Raises what build_engine raises."""
     from megalith.engine.api import EngineConfig
     from megalith.engine.launch import build_engine
+    from megalith.engine.perplexity import ROWS
 
     say(f"loading {model}")
-    return build_engine(
-        EngineConfig(
-            model=model, mode=mode, threads=threads, max_context=context, max_sequences=1, token_budget=64,
-            num_blocks=-(-context // 16) + 1,
-        )
+    config = EngineConfig(
+        model=model, mode=mode, threads=threads, max_context=context, max_sequences=1, token_budget=ROWS,
+        num_blocks=-(-max(context, 1) // 16) + 1,
     )  # fmt: skip
-
-
-def _parts(built: BuiltEngine, body: str, context: int, tokens: int | None) -> list[NDArray[np.int32]]:
-    from megalith.engine.perplexity import windows
-
-    tokenizer = built.model.tokenizer
-    ids = tokenizer.encode(body)
-    found = windows(ids[:tokens], context, None)
-    if not found:
-        raise ConfigError("The text has fewer than 2 tokens.", "Give a longer one.")
-    return found
+    return build_engine(config)

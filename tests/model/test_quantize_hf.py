@@ -18,6 +18,7 @@ from megalith.model.open import open_model
 from megalith.model.quantize import Recipe, quantize
 from megalith.model.quantize_hf import directory_recipe, quantize_directory
 from megalith.model.source import resolve
+from megalith.plan import source as plan_source
 from tests.engine.tiny import write_tiny_llama
 
 SAID = "The rain in Spain, 1234 times: <|im_start|>naïve\n\n  doesn't it?"
@@ -201,3 +202,11 @@ def test_it_leaves_what_was_there(source: Path, tmp_path: Path, monkeypatch: pyt
     quantize_directory(files, recipe, out, force=True)
     assert not (out / "mine.txt").exists()
     assert open_model(str(out)).checkpoint.stored_format("layers.0.up.weight") == "Q8_0"
+
+
+def test_the_planner_knows_what_a_packed_directory_takes(packed: Path, source: Path, tmp_path: Path) -> None:
+    recipe = directory_recipe(Recipe("Q4_0", {"down": "Q8_0", "layers.1.q": "F16"}))
+    quantize(resolve(str(source)), recipe, tmp_path / "same.gguf")
+    ours, theirs = (plan_source.resolve(str(path)).weights("native", None) for path in (packed, tmp_path / "same.gguf"))
+    assert (ours.layers, ours.head, ours.vectors) == (theirs.layers, theirs.head, theirs.vectors)
+    assert ours.layers < plan_source.resolve(str(source)).weights("native", None).layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from cyclopts import App
 
@@ -66,38 +66,41 @@ def perplexity(
     """
     from megalith.engine import perplexity as scoring
 
-    path = scoring.TEXT if text is None else text
-    try:
-        body = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start:,} is not.", "Convert it first.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    body = _text(scoring.TEXT if text is None else text)
     built: list[BuiltEngine] = []
     try:
         built.append(_build(model, mode, context, threads))
         parts = scoring.windows(built[0].model.tokenizer, body, context, tokens)
         if against is not None:
-            other_mode = next((known for known in get_args(ComputeMode) if known == against), None)
-            built.append(_build(against if other_mode is None else model, other_mode or mode, context, threads))
+            other, other_mode = (model, against) if against in get_args(ComputeMode) else (against, mode)
+            built.append(_build(other, other_mode, context, threads))
             theirs = scoring.windows(built[1].model.tokenizer, body, context, tokens)
             if [p.tolist() for p in theirs] != [p.tolist() for p in parts]:
                 raise ConfigError(f"{model} and {against} cut the text into different tokens: nothing compares.")
         reference = built[1].runner if against is not None else None
         with progress("scoring", scoring.tokens_run(parts), "tokens") as advance:
             found = scoring.measure(built[0].runner, parts, reference, advance)
-        names = [each.runner.name for each in built]
+        names = [each.runner.name for each in built] + [""]
     finally:
         for each in built:
             each.runner.close()
     if json:
         import msgspec
 
-        runners = {"runner": names[0], "reference": against, "reference_runner": names[1] if against else None}
-        print_json({"model": model, **runners, "text": str(path), **msgspec.structs.asdict(found)})
-        return 0
-    print(_paragraph(found, model, names, against))
+        runners = {"runner": names[0], "reference": against, "reference_runner": names[1] or None}
+        print_json({"model": model, **runners, "text": str(text or scoring.TEXT), **msgspec.structs.asdict(found)})
+    else:
+        print(_paragraph(found, model, names, against))
     return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start:,} is not.", "Convert it first.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _paragraph(found: Perplexity, model: str, runners: list[str], against: str | None) -> str:
@@ -114,7 +117,7 @@ def _paragraph(found: Perplexity, model: str, runners: list[str], against: str |
     return "\n".join(lines)
 
 
-def _build(model: str, mode: ComputeMode, context: int, threads: int | None) -> BuiltEngine:
+def _build(model: str, mode: str, context: int, threads: int | None) -> BuiltEngine:
     """One sequence's worth of an engine. Raises what build_engine raises."""
     from megalith.engine.api import EngineConfig
     from megalith.engine.launch import build_engine
@@ -122,7 +125,12 @@ def _build(model: str, mode: ComputeMode, context: int, threads: int | None) -> 
 
     say(f"loading {model}")
     config = EngineConfig(
-        model=model, mode=mode, threads=threads, max_context=context, max_sequences=1, token_budget=ROWS,
+        model=model,
+        mode=cast(ComputeMode, mode),
+        threads=threads,
+        max_context=context,
+        max_sequences=1,
+        token_budget=ROWS,
         num_blocks=-(-max(context, 1) // 16) + 1,
-    )  # fmt: skip
+    )
     return build_engine(config)

@@ -11,6 +11,7 @@ import ctypes
 import numpy as np
 
 from megalith.base.errors import MachineError
+from megalith.cost.memory import packed_bytes
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
 from megalith.engine.native import binding
 from megalith.engine.weight_window import WeightWindow
@@ -194,10 +195,6 @@ def packed_weight_bytes(spec: ModelSpec, formats: dict[str, str]) -> int:
 
     `formats` maps canonical tensor names to file formats; norms and biases are float32 whatever it says.
     """
-    record = {
-        "Q4_0": 288, "Q4_1": 320, "Q5_0": 544, "Q5_1": 576, "Q8_0": 544, "Q4_K": 384, "Q5_K": 640,
-        "Q6_K": 576, "F32": 576, "F16": 576, "BF16": 576,
-    }  # fmt: skip
     d, q, kv = spec.hidden, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q), "gate": (spec.ffn, d), "up": (spec.ffn, d)}
     shapes |= {"down": (d, spec.ffn), "embed": (spec.vocab, d), "head": (spec.vocab, d)}
@@ -207,7 +204,7 @@ def packed_weight_bytes(spec: ModelSpec, formats: dict[str, str]) -> int:
         part = name.removesuffix(".weight").split(".", 2)[-1] if name.startswith("layers.") else name.split(".")[0]
         if part in shapes:
             outputs, inputs = shapes[part]
-            total += -(-outputs // 16) * (inputs // 32) * record[kind]
+            total += packed_bytes(-(-outputs // 16) * 16 * inputs, kind)
         else:
             total += 4 * vectors.get(part, d)
     return total

@@ -15,8 +15,10 @@ app = App(
     help="Write a model with its weights in another format.",
     help_format="plaintext",
     help_epilogue="""\
-Formats: q4_0 q4_1 q5_0 q5_1 q8_0 f16 bf16 f32. Under the 4 and 5 bit formats the
-embedding and the head take q8_0 unless --keep says otherwise.
+Formats: q4_0 q4_1 q5_0 q5_1 q8_0 f16 bf16 f32, and bipolar1 to bipolar8: weights of 1 to
+8 bits, with activations of 8 bits, or of as many as bipolar4a6 and the like say. Under
+the bipolar and the 4 and 5 bit formats the embedding and the head take q8_0 unless --keep
+says otherwise.
 
 Examples:
   megalith quantize my-model/ --to q4_1 --out my-model.gguf
@@ -55,7 +57,7 @@ def quantize(
     from megalith.model.quantize import quantize as write
     from megalith.model.source import resolve
 
-    recipe = Recipe(to.upper(), _exceptions(keep))
+    recipe = Recipe.of(to, _exceptions(keep))
     files = resolve(model)
     mib = 1 << 20
     with progress(f"writing {out.name}", total_bytes(files, recipe) // mib, "MiB") as advance:
@@ -71,7 +73,8 @@ def quantize(
         sources = ", ".join(f"{count} tensors from {name}" for name, count in outcome.requantized.items())
         warn(f"{sources} were rounded a second time: their first error stays. An F16 or BF16 source is better.")
     if outcome.fallbacks:
-        warn(f"{len(outcome.fallbacks)} matrices took F16: their rows are no multiple of 32 ({outcome.fallbacks[0]}).")
+        first = outcome.fallbacks[0]
+        warn(f"{len(outcome.fallbacks)} matrices took F16: their rows are no multiple of a block ({first}).")
     if json:
         print_json(
             {"path": str(outcome.path), "num_bytes": outcome.num_bytes, "formats": outcome.formats,

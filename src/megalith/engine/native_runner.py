@@ -86,15 +86,20 @@ class NativeRunner:
         max_rows: int,
         threads: int,
         window: WeightWindow | None = None,
+        activation_bits: int = 8,
     ) -> None:
-        """`window` gives the matrices, if they do not stay in memory; close() closes it."""
+        """`window` gives the matrices, if they do not stay in memory; close() closes it.
+
+        `activation_bits` is what bipolar matrices are multiplied with; a model without one does not look at it.
+        """
         reason = supports(spec, checkpoint)
         if reason is not None:
             raise MachineError(f"The native backend cannot run {spec.name}: {reason}.")
         self.vocab = spec.vocab
         self.block_tokens, self.num_blocks, self.num_host_blocks = block_tokens, num_blocks, num_host_blocks
         self.max_rows, self.threads = max_rows, threads
-        self._model = self._create(spec)
+        bipolar = any(name.startswith("BIPOLAR") for name in checkpoint.formats())
+        self._model = self._create(spec, activation_bits if bipolar else 0)
         self.name = f"native-{self._model.isa()}"
         self.block_bytes = self._model.block_bytes()
         self.window = window
@@ -103,7 +108,7 @@ class NativeRunner:
         else:
             _attach_weights(self._model, checkpoint, window)
 
-    def _create(self, spec: ModelSpec) -> binding.NativeModel:
+    def _create(self, spec: ModelSpec, activation_bits: int) -> binding.NativeModel:
         windows = np.array([spec.layer_window(i) or 0 for i in range(spec.num_layers)], np.int32)
         local = spec.rope_local if spec.rope_local is not None else spec.rope
         ropes = np.array([int(window > 0) for window in windows], np.int32)
@@ -118,7 +123,8 @@ class NativeRunner:
             rope_frequencies=frequencies.ctypes.data,
             max_context=min(spec.max_context, self.num_blocks * self.block_tokens), block_tokens=self.block_tokens,
             num_blocks=self.num_blocks, num_host_blocks=self.num_host_blocks, max_rows=self.max_rows,
-            threads=self.threads, isa=None if isa is None else ctypes.c_char_p(isa.encode()),
+            threads=self.threads, activation_bits=activation_bits,
+            isa=None if isa is None else ctypes.c_char_p(isa.encode()),
         )  # fmt: skip
         return binding.NativeModel(binding.load(), config)
 
@@ -197,7 +203,7 @@ def packed_weight_bytes(spec: ModelSpec, formats: dict[str, str]) -> int:
     record = {
         "Q4_0": 288, "Q4_1": 320, "Q5_0": 544, "Q5_1": 576, "Q8_0": 544, "Q4_K": 384, "Q5_K": 640,
         "Q6_K": 576, "F32": 576, "F16": 576, "BF16": 576,
-    }  # fmt: skip
+    } | {f"BIPOLAR{n}": 64 * n + 16 for n in range(1, 9)}  # fmt: skip
     d, q, kv = spec.hidden, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q), "gate": (spec.ffn, d), "up": (spec.ffn, d)}
     shapes |= {"down": (d, spec.ffn), "embed": (spec.vocab, d), "head": (spec.vocab, d)}

@@ -10,11 +10,14 @@
 #include "kernels.h"
 #include "simd.h"
 
-typedef vi (*group_kernel)(int planes, const uint8_t *record, const uint32_t *a);
-
 #if defined(__AVX2__)
 
 #define BLOCK 4 /* planes of activations whose weights 1, 2, 4, 8 are in the looked-up bytes: 4 * 15 * 2 fits a byte */
+
+/* Stops the compiler from regrouping sums, and from keeping every broadcast word in memory: both need more registers than
+ * there are, and a broadcast costs no more than a load. */
+#define KEEP_ORDER(x) __asm__("" : "+x"(x))
+#define READ_AGAIN(pointer) __asm__("" : "+r"(pointer) : : "memory")
 
 /* Bits of each nibble in the first half of a byte sum, times 2^j. */
 INLINE __m256i lookup(int j) {
@@ -33,6 +36,8 @@ INLINE __m256i block_sums(int count, const __m256i *w, const uint32_t *a) {
             __m256i a_low = _mm256_set1_epi32((int)a[4 * j + 2 * h]), a_high = _mm256_set1_epi32((int)a[4 * j + 2 * h + 1]);
             low = _mm256_add_epi8(low, _mm256_shuffle_epi8(lookup(j), _mm256_xor_si256(w_low, a_low)));
             high = _mm256_add_epi8(high, _mm256_shuffle_epi8(lookup(j), _mm256_xor_si256(w_high, a_high)));
+            KEEP_ORDER(low);
+            KEEP_ORDER(high);
         }
     }
     return _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1));
@@ -44,6 +49,7 @@ INLINE vi group_sums(int bits, int planes, const uint8_t *record, const uint32_t
         const __m256i weight = _mm256_set1_epi16((short)(1 << i));
         UNROLL for (int c = 0; c < 2; c++) {
             const __m256i *from = (const __m256i *)record + c;
+            READ_AGAIN(a);
             const __m256i w[2] = {_mm256_load_si256(from), _mm256_load_si256(from + 2)};
             __m256i sums = block_sums(bits < BLOCK ? bits : BLOCK, w, a);
             if (bits > BLOCK)
@@ -86,28 +92,17 @@ INLINE vi group_sums(int bits, int planes, const uint8_t *record, const uint32_t
 
 #endif
 
-/* One function for each number of activation bits, so that its planes are unrolled. */
-#define GROUP_SUMS(bits)                                                                                     \
-    static vi group_sums_##bits(int planes, const uint8_t *record, const uint32_t *a) {                      \
-        return group_sums(bits, planes, record, a);                                                          \
-    }
-GROUP_SUMS(1) GROUP_SUMS(2) GROUP_SUMS(3) GROUP_SUMS(4) GROUP_SUMS(5) GROUP_SUMS(6) GROUP_SUMS(7) GROUP_SUMS(8)
-static const group_kernel group_kernels[] = {
-    NULL, group_sums_1, group_sums_2, group_sums_3, group_sums_4, group_sums_5, group_sums_6, group_sums_7, group_sums_8,
-};
-
-static void multiply_row(const struct product *job, int panel, int row) {
+INLINE void multiply_row(int bits, const struct product *job, int panel, int row) {
     const struct matrix *w = job->w;
     const struct activations *x = job->x;
-    const group_kernel sums = group_kernels[x->plane_bits];
     const uint8_t *record = w->data + (size_t)panel * w->groups * w->record_bytes;
-    const uint32_t *a = x->planes + (size_t)row * w->groups * PLANE_WORDS(x->plane_bits);
+    const uint32_t *a = x->planes + (size_t)row * w->groups * PLANE_WORDS(bits);
     const float *scale = x->plane_scale + (size_t)row * w->groups;
     float *y = job->y + row * job->y_stride + (ptrdiff_t)panel * PANEL;
-    const int32_t all_equal = BIPOLAR_GROUP * ((1 << w->planes) - 1) * ((1 << x->plane_bits) - 1);
+    const int32_t all_equal = BIPOLAR_GROUP * ((1 << w->planes) - 1) * ((1 << bits) - 1);
     vf f = job->accumulate ? vf_load(y) : vf_set(0);
-    for (int g = 0; g < w->groups; g++, record += w->record_bytes, a += PLANE_WORDS(x->plane_bits)) {
-        vi dot = sums(w->planes, record, a);
+    for (int g = 0; g < w->groups; g++, record += w->record_bytes, a += PLANE_WORDS(bits)) {
+        vi dot = group_sums(bits, w->planes, record, a);
         EACH_PART dot.p[part] = all_equal - 2 * dot.p[part];
         vf d = vf_load_half((const uint16_t *)(const void *)(record + 2 * 64 * w->planes));
         f = vf_fma(vf_from_int(dot), vf_scale(d, scale[g]), f);
@@ -115,9 +110,22 @@ static void multiply_row(const struct product *job, int panel, int row) {
     vf_store(y, f);
 }
 
+/* One function for each number of activation bits, so that its planes are unrolled. */
+typedef void (*panel_kernel)(const struct product *job, int panel);
+#define MULTIPLY_PANEL(bits)                                                                 \
+    static __attribute__((noinline)) void multiply_panel_##bits(const struct product *job, int panel) { \
+        for (int row = 0; row < job->x->rows; row++) multiply_row(bits, job, panel, row);    \
+    }
+MULTIPLY_PANEL(1) MULTIPLY_PANEL(2) MULTIPLY_PANEL(3) MULTIPLY_PANEL(4)
+MULTIPLY_PANEL(5) MULTIPLY_PANEL(6) MULTIPLY_PANEL(7) MULTIPLY_PANEL(8)
+static const panel_kernel panel_kernels[] = {
+    NULL,
+    multiply_panel_1, multiply_panel_2, multiply_panel_3, multiply_panel_4,
+    multiply_panel_5, multiply_panel_6, multiply_panel_7, multiply_panel_8,
+};
+
 void KERNEL(multiply_planes)(const struct product *job, int first_panel, int last_panel) {
-    for (int panel = first_panel; panel < last_panel; panel++)
-        for (int row = 0; row < job->x->rows; row++) multiply_row(job, panel, row);
+    for (int panel = first_panel; panel < last_panel; panel++) panel_kernels[job->x->plane_bits](job, panel);
 }
 
 /* Where the largest level lies, as a share of the group's largest magnitude: least error for normal values (64 of them),

@@ -1,4 +1,4 @@
-"""The bipolar-int study: its line is a line, its arms are what they say; timings themselves are the study's to judge."""
+"""The bipolar-int study: its line is a line, its arms are what they say; timings are the study's own to judge."""
 
 from __future__ import annotations
 

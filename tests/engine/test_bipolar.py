@@ -208,3 +208,19 @@ def test_activation_bits_that_nothing_uses_are_refused(tiny: Path, tmp_path: Pat
     weights = RandomCheckpoint(SPEC, "BIPOLAR2", head_kind="Q8_0")
     with pytest.raises(MachineError, match="activation_bits is 9"):
         NativeRunner(SPEC, weights, **SIZES, activation_bits=9)  # type: ignore[arg-type]
+
+
+def test_the_plan_knows_the_bytes_and_that_planes_take_time(tiny: Path, tmp_path: Path) -> None:
+    plans, held = {}, {}
+    for to in ("bipolar8a8", "bipolar1", "q8_0"):
+        path = tmp_path / f"{to}.gguf"
+        quantize(resolve(str(tiny)), Recipe.of(to, {"down": "Q8_0"}), path)
+        built = build_engine(EngineConfig(model=str(path), mode="native", threads=1, max_context=256))
+        plans[to] = {line.item: line.num_bytes for line in built.fit.plan.memory} | {"ns": built.fit.plan.ttft_ns.value}
+        held[to] = built.runner.memory_bytes()
+        built.runner.close()
+        assert plans[to]["weights"] == held[to]["weights"]
+        assert plans[to]["activations"] >= held[to]["activations"]
+    assert plans["bipolar1"]["ns"] < plans["bipolar8a8"]["ns"]
+    assert plans["q8_0"]["ns"] < plans["bipolar8a8"]["ns"]
+    assert held["q8_0"]["activations"] < held["bipolar1"]["activations"]

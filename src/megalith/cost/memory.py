@@ -64,6 +64,17 @@ def packed_bytes(elements: int, name: str) -> int:
     return math.ceil(elements / PANEL_WEIGHTS) * PANEL_BYTES[name]
 
 
+def mac_times(name: str, activation_bits: int = 8) -> float:
+    """Time of a multiply-add over that of the native backend's 4-bit kernel; 1 but for bipolar formats.
+
+    A constant and a share for each pair of bit planes, measured on one AVX2 core (`megalith reproduce bipolar-int`:
+    32 rows by 1,536 x 576 weights, times over Q4_0's).
+    """
+    if not name.lower().startswith("bipolar"):
+        return 1.0
+    return 0.55 + 0.195 * int(name[-1]) * activation_bits
+
+
 def bits_per_weight(name: str) -> float:
     """Bits of one weight in a format, scales included."""
     per_block, block_bytes = block_of(name)
@@ -86,6 +97,8 @@ class WeightBytes(Config, kw_only=True):
     """Norms and biases."""
     source: str = "formula"
     """`formula`, or the file whose tensors were summed."""
+    mac_times: float = 1.0
+    """Time of a multiply-add of the layers over that of the profile's kernel."""
 
     @property
     def total(self) -> int:

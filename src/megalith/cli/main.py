@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "complete": "Complete one prompt and print the text.",
     "bench": "Measure: predicted against measured, or load on an endpoint (`bench serve`).",
     "quantize": "Write a model with its weights in another format.",
+    "perplexity": "Measure a model's perplexity, alone or against a reference.",
     "plan": "Say what fits, how fast and at what cost, before loading anything.",
     "simulate": "Run a simulated cluster on a trace, under any policy.",
     "reproduce": "Reproduce a published system's claim, with its mechanism on and off.",

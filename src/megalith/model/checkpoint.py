@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.base.errors import ModelFormatError
+from megalith.model.compressed import WeightFiles
 from megalith.model.describe import RUNNABLE, spec_from_gguf, spec_from_hf
 from megalith.model.formats import dequantize, row_bytes
 from megalith.model.gguf import ACTIVATION_BITS_KEY, GgufFile
-from megalith.model.safetensors import SafetensorsModel
 from megalith.model.source import ModelFiles
 from megalith.specs.model import ModelSpec
 
@@ -177,7 +177,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
         return gguf_checkpoint(GgufFile(files.path))
     spec = spec_from_hf(files.path)
     _check_runnable(spec)
-    return _hf_checkpoint(spec, SafetensorsModel(files.path))
+    return _hf_checkpoint(spec, WeightFiles(files.path))
 
 
 def gguf_checkpoint(file: GgufFile) -> Checkpoint:
@@ -204,14 +204,14 @@ def _activation_bits(file: GgufFile) -> int | None:
     raise ModelFormatError(f"{file.path} has {ACTIVATION_BITS_KEY} {bits!r}, which is not from 1 to 8.")
 
 
-def _hf_checkpoint(spec: ModelSpec, model: SafetensorsModel) -> Checkpoint:
-    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in model.tensors.items()}
+def _hf_checkpoint(spec: ModelSpec, model: WeightFiles) -> Checkpoint:
+    stored = model.stored
     trunk = next((t for t in _HF_TRUNKS if f"{t}embed_tokens.weight" in stored), None)
     if trunk is None:
         raise ModelFormatError(
             f"{model.directory} has no tensor embed_tokens.weight; its first is {min(stored, default='none')!r}."
         )
-    names = {name: _hf_name(name, trunk, spec.post_norms) for name in expected_shapes(spec)}
+    names = {name: hf_name(name, trunk, spec.post_norms) for name in expected_shapes(spec)}
     entries = _matched(spec, names, stored, f"{trunk}layers.", str(model.directory))
     if spec.family == "gemma3":
         # Gemma's own checkpoints store the multiplier less one.
@@ -264,7 +264,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_LAYER[part]}.{kind}"
 
 
-def _hf_name(name: str, trunk: str, post_norms: bool) -> str:
+def hf_name(name: str, trunk: str, post_norms: bool) -> str:
+    """The name that Hugging Face files give to canonical `name` under `trunk`."""
     if name == "embed.weight":
         return f"{trunk}embed_tokens.weight"
     if name == "final_norm.weight":

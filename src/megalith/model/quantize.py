@@ -8,7 +8,7 @@ source is brought into GGUF's conventions: rows of q and k of the llama family i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,11 +29,11 @@ Advance = Callable[[int], None]
 """Told how many bytes more have been written."""
 
 _PIECE_ELEMENTS = 1 << 20
-_EXACT = ("F32", "F16", "BF16")
+EXACT = ("F32", "F16", "BF16")
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
-_FALLBACK = "F16"
+FALLBACK = "F16"
 """For matrices whose rows the format's blocks do not divide."""
-_TABLES = ("embed", "head")
+TABLES = ("embed", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class Recipe:
         part = stem.rpartition(".")[2]
         wanted = self.keep.get(stem) or self.keep.get(part)
         if wanted is None:
-            wanted = "Q8_0" if part in _TABLES and self.to[:2] in ("Q4", "Q5", "BI") else self.to
-        return wanted if shape[-1] % FORMATS[wanted].block_elements == 0 else _FALLBACK
+            wanted = "Q8_0" if part in TABLES and self.to[:2] in ("Q4", "Q5", "BI") else self.to
+        return wanted if shape[-1] % FORMATS[wanted].block_elements == 0 else FALLBACK
 
     def check_used(self, names: list[str]) -> None:
         """Raise ConfigError for an exception that no tensor meets."""
@@ -98,7 +98,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """One tensor: what it will be, what it is, and where its bytes are when asked for."""
 
     new: NewTensor
@@ -124,20 +124,23 @@ def quantize(
         pairs = [*pairs, pair(ACTIVATION_BITS_KEY, recipe.activation_bits)]
     tensors = [job.new for job in jobs]
     size = write_gguf(path, pairs, tensors, _pieces(jobs, advance), force=force)
+    return outcome_of(path, size, jobs, recipe)
+
+
+def outcome_of(path: Path, size: int, jobs: Sequence[Job], recipe: Recipe) -> Outcome:
+    """What was written, from what was asked."""
     formats: dict[str, int] = {}
     requantized: dict[str, int] = {}
     for job in jobs:
         formats[job.new.format] = formats.get(job.new.format, 0) + job.new.num_bytes
-        if job.source_format not in _EXACT and job.source_format != job.new.format:
+        if job.source_format not in EXACT and job.source_format != job.new.format:
             requantized[job.source_format] = requantized.get(job.source_format, 0) + 1
-    short = tuple(
-        job.new.name for job in jobs
-        if recipe.to not in _EXACT and job.new.format == _FALLBACK and job.source_format != _FALLBACK
-    )  # fmt: skip
+    size_of = FORMATS[recipe.to].block_elements
+    short = tuple(job.new.name for job in jobs if len(job.new.shape) > 1 and job.new.shape[-1] % size_of)
     return Outcome(path, size, formats, requantized, short)
 
 
-def _jobs(files: ModelFiles, recipe: Recipe) -> tuple[list[bytes], list[_Job]]:
+def _jobs(files: ModelFiles, recipe: Recipe) -> tuple[list[bytes], list[Job]]:
     if files.kind == "gguf":
         return _gguf_jobs(GgufFile(files.path), recipe)
     checkpoint = open_checkpoint(files)
@@ -145,7 +148,7 @@ def _jobs(files: ModelFiles, recipe: Recipe) -> tuple[list[bytes], list[_Job]]:
     return pairs_from_hf(checkpoint.spec, files.path), [_hf_job(checkpoint, n, recipe) for n in checkpoint.names()]
 
 
-def _gguf_jobs(file: GgufFile, recipe: Recipe) -> tuple[list[bytes], list[_Job]]:
+def _gguf_jobs(file: GgufFile, recipe: Recipe) -> tuple[list[bytes], list[Job]]:
     checkpoint = gguf_checkpoint(file)
     recipe.check_used(checkpoint.names())
     canonical = {checkpoint.stored_name(name): name for name in checkpoint.names()}
@@ -154,13 +157,13 @@ def _gguf_jobs(file: GgufFile, recipe: Recipe) -> tuple[list[bytes], list[_Job]]
         ours = canonical.get(name)
         # What the model does not know (rope_freqs.weight, say) is copied as it is.
         kind = tensor.type if ours is None else recipe.format_of(ours, tensor.shape)
-        jobs.append(_Job(NewTensor(name, tensor.shape, kind), tensor.type, lambda name=name: file.raw(name)))  # type: ignore[misc]
+        jobs.append(Job(NewTensor(name, tensor.shape, kind), tensor.type, lambda name=name: file.raw(name)))  # type: ignore[misc]
     # The new file is one file with our own alignment.
     dropped = ("split.", "general.file_type", "general.alignment", "megalith.")
     return [file.metadata_bytes(key) for key in file.metadata if not key.startswith(dropped)], jobs
 
 
-def _hf_job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> _Job:
+def _hf_job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> Job:
     spec = checkpoint.spec
     part = name.split(".")[-2]
     heads = {"q": spec.num_heads, "k": spec.num_kv_heads}.get(part, 0) if spec.family == "llama" else 0
@@ -175,18 +178,18 @@ def _hf_job(checkpoint: Checkpoint, name: str, recipe: Recipe) -> _Job:
         return permuted(data.reshape(shape[0], -1), heads) if heads else data
 
     new = NewTensor(gguf_name(name), shape, recipe.format_of(name, shape))
-    return _Job(new, "F32" if len(shape) == 1 else kind, raw)
+    return Job(new, "F32" if len(shape) == 1 else kind, raw)
 
 
-def _pieces(jobs: list[_Job], advance: Advance | None) -> Iterator[U8]:
+def _pieces(jobs: list[Job], advance: Advance | None) -> Iterator[U8]:
     for job in jobs:
-        for piece in _encoded(job):
+        for piece in encoded(job):
             yield piece
             if advance is not None:
                 advance(piece.size)
 
 
-def _encoded(job: _Job) -> Iterator[U8]:
+def encoded(job: Job) -> Iterator[U8]:
     """The tensor's new bytes, a few MiB of weights at a time. The same format is copied, not encoded again."""
     columns = job.new.shape[-1]
     rows = int(np.prod(job.new.shape[:-1], dtype=np.int64))

@@ -105,11 +105,26 @@ def _from_path(path: Path, name: str, origin: str) -> PlannedModel:
 
     if path.is_dir():
         spec = describe.spec_from_hf(path)
-        return PlannedModel(name, spec, {}, origin)
+        return PlannedModel(name, spec, _packed_parts(path, spec), origin)
     from megalith.model.gguf import GgufFile
 
     file = GgufFile(path)
     return PlannedModel(name, describe.spec_from_gguf(file), stored_parts(file.tensors), origin)
+
+
+def _packed_parts(path: Path, spec: ModelSpec) -> dict[str, dict[str, int]]:
+    """What a directory with packed weights stores; empty for any other, whose weights bf16 describes."""
+    from megalith.model.checkpoint import gguf_name, open_checkpoint
+    from megalith.model.describe import RUNNABLE
+    from megalith.model.gguf import GgufTensor
+    from megalith.model.source import ModelFiles
+    from megalith.model.tokenizer_hf import read_json
+
+    packed = read_json(path / "config.json").get("quantization_config") is not None
+    if not packed or spec.family not in RUNNABLE or not any(path.glob("*.safetensors")):
+        return {}
+    c = open_checkpoint(ModelFiles(path.name, "hf", path, "path"))
+    return stored_parts({gguf_name(n): GgufTensor(n, c.shape(n), c.stored_format(n), 0, 0) for n in c.names()})
 
 
 def stored_parts(tensors: dict[str, Any]) -> dict[str, dict[str, int]]:

@@ -72,7 +72,7 @@ def mac_times(name: str, activation_bits: int = 8) -> float:
     """
     if not name.lower().startswith("bipolar"):
         return 1.0
-    return 0.55 + 0.195 * int(name[-1]) * activation_bits
+    return 0.58 + 0.22 * int(name[-1]) * activation_bits
 
 
 def bits_per_weight(name: str) -> float:

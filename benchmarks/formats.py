@@ -100,7 +100,7 @@ def prepared(model: str, text: str, folder: Path) -> Arm:
     else:
         path = folder / f"{Path(model).name}-{name}.gguf"
         if not path.exists():
-            quantize(resolve(model), Recipe(name.upper()), path)
+            quantize(resolve(model), Recipe.of(name, {}), path)
     size = sum(f.stat().st_size for f in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
     return Arm(model, text if len(name) < 24 else path.stem, path, options, file_bytes=size)
 

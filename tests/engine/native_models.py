@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from megalith.engine.batch import SamplingBatch, StepBatch
 from megalith.model.checkpoint import Tensor, expected_shapes
+from megalith.model.encode import encode
 from megalith.model.formats import FORMATS, dequantize
 from megalith.model.rope import inverse_frequencies
 from megalith.specs.model import ModelSpec, Rope
@@ -23,6 +25,8 @@ def random_raw(rng: np.random.Generator, kind: str, rows: int, cols: int, scale:
         wide = (rng.standard_normal((rows, cols)) * scale).astype(np.float32)
         return np.ascontiguousarray(wide.view(np.uint16)[:, 1::2]).view(np.uint8).reshape(rows, -1)
     elements, num_bytes = FORMATS[kind].block_elements, FORMATS[kind].block_bytes
+    if kind.startswith("BIPOLAR"):
+        return encode((rng.standard_normal((rows, cols)) * scale).astype(np.float32), kind)
     blocks = rng.integers(0, 256, (rows, cols // elements, num_bytes), dtype=np.uint8)
     peak = {"Q4_0": 8, "Q4_1": 8, "Q5_0": 16, "Q5_1": 16, "Q8_0": 127, "Q4_K": 400, "Q5_K": 800, "Q6_K": 2000}[kind]
     halves = rng.uniform(0.5, 1.5, (rows, cols // elements, 2)) * scale / peak
@@ -114,9 +118,16 @@ def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return (x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + eps)).astype(np.float32) * weight
 
 
-def forward(spec: ModelSpec, checkpoint: RandomCheckpoint, tokens: np.ndarray, exact: bool = False) -> np.ndarray:
-    """Logits [M, V] of one sequence; with 8-bit activations and bfloat16 K and V unless `exact`."""
-    kept = (lambda x: x) if exact else quantized
+def forward(
+    spec: ModelSpec, checkpoint: RandomCheckpoint, tokens: np.ndarray, exact: bool = False,
+    inside: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Logits [M, V] of one sequence; with 8-bit activations and bfloat16 K and V unless `exact`.
+
+    `inside` is what activations of the layers' matrices hold, where that is something else.
+    """
+    kept_last = (lambda x: x) if exact else quantized
+    kept = kept_last if inside is None else inside
     cached = (lambda x: x) if exact else bf16
 
     def w(name: str) -> np.ndarray:
@@ -149,7 +160,7 @@ def forward(spec: ModelSpec, checkpoint: RandomCheckpoint, tokens: np.ndarray, e
         h = kept((gate * up).astype(np.float32)) @ w(p + "down.weight").T
         x = x + (_norm(h, w(p + "post_ffn_norm.weight"), spec.norm_eps) if spec.post_norms else h)
     head = w("embed.weight" if spec.tied_embeddings else "head.weight")
-    return (kept(_norm(x, w("final_norm.weight"), spec.norm_eps)) @ head.T).astype(np.float32)
+    return (kept_last(_norm(x, w("final_norm.weight"), spec.norm_eps)) @ head.T).astype(np.float32)
 
 
 def _rotated(x_MHE: np.ndarray, rope: Rope) -> np.ndarray:

@@ -49,6 +49,8 @@ class Where:
     """Hard limit for weights and KV, such as 4GiB."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
+    activation_bits: int | None = None
+    """Bits of activations beside bipolar weights, 1 to 8. [default: what the file says, else 8]"""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
 
@@ -56,6 +58,7 @@ class Where:
         """Settings for EngineConfig: those that were given."""
         settings = {"device": self.device, "mode": self.mode, "threads": self.threads}
         settings["attention"] = self.attention
+        settings["activation_bits"] = self.activation_bits
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")

@@ -15,8 +15,10 @@ app = App(
     help="Write a model with its weights in another format.",
     help_format="plaintext",
     help_epilogue="""\
---out NAME.gguf writes a GGUF file: q4_0 q4_1 q5_0 q5_1 q8_0 f16 bf16 f32. Under the 4 and
-5 bit formats the embedding and the head take q8_0 unless --keep says otherwise.
+--out NAME.gguf writes a GGUF file: q4_0 q4_1 q5_0 q5_1 q8_0 f16 bf16 f32, and bipolar1 to
+bipolar8: weights of 1 to 8 bits, with activations of 8 bits or of as many as bipolar4a6
+and the like say. Under the bipolar and the 4 and 5 bit formats the embedding and the head
+take q8_0 unless --keep says otherwise.
 Any other --out is a Hugging Face directory with safetensors: f32 f16 bf16, and q8_0 and
 q4_0 as int8 and int4 weights that compressed-tensors, vLLM and transformers read
 (pack-quantized, groups of 32); the embedding and the head stay f16.
@@ -60,7 +62,7 @@ def quantize(
     from megalith.model import quantize_hf as directory
     from megalith.model.source import resolve
 
-    recipe = gguf.Recipe(_format(to), _exceptions(keep))
+    recipe = gguf.Recipe.of(_format(to), _exceptions(keep))
     one_file = out.suffix == ".gguf"
     write = gguf.quantize if one_file else directory.quantize_directory
     total_bytes = gguf.total_bytes if one_file else directory.total_bytes
@@ -79,7 +81,8 @@ def quantize(
         sources = ", ".join(f"{count} tensors from {name}" for name, count in outcome.requantized.items())
         warn(f"{sources} were rounded a second time: their first error stays. An F16 or BF16 source is better.")
     if outcome.fallbacks:
-        warn(f"{len(outcome.fallbacks)} matrices took F16: their rows are no multiple of 32 ({outcome.fallbacks[0]}).")
+        first = outcome.fallbacks[0]
+        warn(f"{len(outcome.fallbacks)} matrices took F16: their rows are no multiple of a block ({first}).")
     if json:
         print_json(
             {"path": str(outcome.path), "num_bytes": outcome.num_bytes, "formats": outcome.formats,

@@ -62,6 +62,8 @@ class EngineFlags:
     """recompute or swap. [default: recompute]"""
     threads: int | None = None
     """CPU threads; by default one for each core."""
+    activation_bits: int | None = None
+    """Bits of activations beside bipolar weights, 1 to 8. [default: what the file says, else 8]"""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
     record: str | None = None
@@ -74,6 +76,7 @@ class EngineFlags:
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
             "threads": self.threads, "attention": self.attention, "record": self.record,
+            "activation_bits": self.activation_bits,
         }  # fmt: skip
 
 

@@ -100,7 +100,8 @@ class CostModel:
         """Duration and busy times of one step, in nanoseconds."""
         rates, share = self.profile.rates, 1.0 / self.devices
         layers_memory = self.touched_bytes(shape.rows) * rates.weight_byte_ns * share
-        layers_compute = shape.rows * self.layer_macs * rates.mac_ns * row_factor(rates, shape.rows) * share
+        mac_ns = rates.mac_ns * row_factor(rates, shape.rows) * self.weights.mac_times
+        layers_compute = shape.rows * self.layer_macs * mac_ns * share
         head_memory = self.weights.head * rates.weight_byte_ns * share if shape.outputs else 0.0
         head_macs = shape.outputs * self.head_macs * share
         head_compute = head_macs * rates.logit_mac_ns * row_factor(rates, shape.outputs) if shape.outputs else 0.0

@@ -20,16 +20,16 @@ FORMATS: dict[str, tuple[int, int]] = {
     "fp8": (1, 1), "int8": (32, 34), "int4": (32, 18), "fp4": (16, 9),
     "q8_0": (32, 34), "q5_1": (32, 24), "q5_0": (32, 22), "q4_1": (32, 20), "q4_0": (32, 18),
     "q6_k": (256, 210), "q5_k": (256, 176), "q4_k": (256, 144), "q3_k": (256, 110), "q2_k": (256, 84),
-}  # fmt: skip
+} | {f"bipolar{n}": (64, 2 + 8 * n) for n in range(1, 9)}  # fmt: skip
 """{format: (elements of a block, bytes of a block)}. q*: GGUF. int8 and int4: one fp16 scale for 32 values. fp4: one
-fp8 scale for 16."""
+fp8 scale for 16. bipolar: n bits and one fp16 scale for 64 (docs/guides/bipolar-int.md)."""
 
 PANEL_WEIGHTS = 512
 """16 output columns x 32 inputs: the unit in which the native CPU backend packs weights."""
 PANEL_BYTES = {
     "q4_0": 288, "q4_1": 320, "q4_k": 384, "q8_0": 544, "q5_0": 544, "q5_1": 576, "q5_k": 640, "q6_k": 576,
     "f32": 576, "f16": 576, "bf16": 576,
-}  # fmt: skip
+} | {f"bipolar{n}": 16 + 64 * n for n in range(1, 9)}  # fmt: skip
 """Bytes of one such panel record by file format: 4 or 8 bits a weight, 16 scales and, where the format has them, 16
 minima, in half floats or (K-quants, Q6_K and floats) in floats. Source: engine/native/c/pack.c."""
 
@@ -64,6 +64,17 @@ def packed_bytes(elements: int, name: str) -> int:
     return math.ceil(elements / PANEL_WEIGHTS) * PANEL_BYTES[name]
 
 
+def mac_times(name: str, activation_bits: int = 8) -> float:
+    """Time of a multiply-add over that of the native backend's 4-bit kernel; 1 but for bipolar formats.
+
+    A constant and a share for each pair of bit planes, measured on one AVX2 core (`megalith reproduce bipolar-int`:
+    32 rows by 1,536 x 576 weights, times over Q4_0's).
+    """
+    if not name.lower().startswith("bipolar"):
+        return 1.0
+    return 0.58 + 0.22 * int(name[-1]) * activation_bits
+
+
 def bits_per_weight(name: str) -> float:
     """Bits of one weight in a format, scales included."""
     per_block, block_bytes = block_of(name)
@@ -86,6 +97,8 @@ class WeightBytes(Config, kw_only=True):
     """Norms and biases."""
     source: str = "formula"
     """`formula`, or the file whose tensors were summed."""
+    mac_times: float = 1.0
+    """Time of a multiply-add of the layers over that of the profile's kernel."""
 
     @property
     def total(self) -> int:
@@ -97,8 +110,10 @@ def default_head_format(spec: ModelSpec, name: str) -> str:
     """The format of embedding and head when the layers are in `name`.
 
     Four- and five-bit files keep a tied embedding in q8_0, as the published SmolLM2 and Gemma 3 files do; an untied
-    one follows the layers.
+    one follows the layers. Beside bipolar layers both are q8_0.
     """
+    if name.startswith("bipolar"):
+        return "q8_0"
     small = bits_per_weight(name) < 8.0
     return "q8_0" if small and spec.tied_embeddings and name.startswith("q") else name
 
@@ -180,6 +195,8 @@ class Workspace:
     context: int = 0
     """Longest sequence: attention scores of the native backend."""
     threads: int = 1
+    activation_bits: int = 0
+    """Bit planes of activations, beside bipolar weights of the native backend."""
 
 
 NATIVE_LOGIT_ROWS, NATIVE_TILE_QUERIES = 32, 24
@@ -204,6 +221,8 @@ def _native_workspace(spec: ModelSpec, work: Workspace) -> tuple[int, str]:
     widest = max(spec.hidden, heads, spec.ffn)
     wide = max(heads + 2 * kv, 2 * spec.ffn, spec.hidden)
     row = 4 * (spec.hidden + wide + heads + 2 * spec.head_dim) + widest * 5 // 4 + 16
+    if work.activation_bits:
+        row += widest * work.activation_bits // 4 + widest // 16
     logits = NATIVE_LOGIT_ROWS * spec.vocab * 4
     thread = 4 * (widest + NATIVE_TILE_QUERIES * max(16, work.context) + 3 * spec.vocab) + 64 * 1024
     formula = (

@@ -27,6 +27,8 @@ class EngineConfig(Config):
     """Hard limit for weights + KV + activations of this instance; None: what the machine has free, less a margin."""
     weights: Literal["auto", "resident", "window"] = "auto"
     """window: the native backend streams weights from disk through what memory is left. auto: where they do not fit."""
+    activation_bits: int | None = None
+    """Bits, 1 to 8, of the activations that bipolar weights are multiplied with; None: what the file says, else 8."""
     max_context: int | None = None
     """Longest prompt + output, in tokens; None: the model's own."""
     max_sequences: int = 64

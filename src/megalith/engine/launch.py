@@ -94,6 +94,7 @@ def build_engine(
     option = check_attention(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
+        _check_activation_bits(config, model, kind)
         fit = _sizes(config, model, kind)
         check_room(option, config, fit.num_blocks)
     if on_plan is not None:
@@ -187,6 +188,24 @@ def why_not_native(model: OpenModel) -> str | None:
     return supports(model.spec, model.checkpoint)
 
 
+def _check_activation_bits(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> None:
+    """Raise ConfigError for activation bits that nothing would use."""
+    bits = config.activation_bits
+    if bits is None:
+        return
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"activation_bits is {bits}.", "Give 1 to 8.")
+    formats = model.checkpoint.formats()
+    if not any(name.startswith("BIPOLAR") for name in formats):
+        raise ConfigError(
+            f"activation_bits is {bits}, but {model.files.name} has no bipolar weights; it has {', '.join(formats)}.",
+            "Write some: megalith quantize MODEL --to bipolar4 --out FILE.gguf.",
+        )
+    if kind != "native":
+        raise ConfigError(f"activation_bits is {bits}, but {kind} multiplies bipolar weights in floating point.",
+                          "Leave it away, or use --mode native on the CPU.")  # fmt: skip
+
+
 def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress | None) -> Runner:
     threads = config.threads or machine.cores()
     if fit.kind == "native":
@@ -196,6 +215,7 @@ def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress
             model.spec, model.checkpoint, block_tokens=config.block_tokens, num_blocks=fit.num_blocks,
             num_host_blocks=fit.num_host_blocks, max_rows=max_rows(config, fit.max_context), threads=threads,
             window=None if fit.window_bytes is None else _window(model, fit.window_bytes, progress),
+            activation_bits=config.activation_bits or model.checkpoint.activation_bits or 8,
         )  # fmt: skip
     from megalith.engine.torch_runner import TorchRunner
 

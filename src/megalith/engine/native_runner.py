@@ -87,15 +87,20 @@ class NativeRunner:
         max_rows: int,
         threads: int,
         window: WeightWindow | None = None,
+        activation_bits: int = 8,
     ) -> None:
-        """`window` gives the matrices, if they do not stay in memory; close() closes it."""
+        """`window` gives the matrices, if they do not stay in memory; close() closes it.
+
+        `activation_bits` is what bipolar matrices are multiplied with; a model without one does not look at it.
+        """
         reason = supports(spec, checkpoint)
         if reason is not None:
             raise MachineError(f"The native backend cannot run {spec.name}: {reason}.")
         self.vocab = spec.vocab
         self.block_tokens, self.num_blocks, self.num_host_blocks = block_tokens, num_blocks, num_host_blocks
         self.max_rows, self.threads = max_rows, threads
-        self._model = self._create(spec)
+        bipolar = any(name.startswith("BIPOLAR") for name in checkpoint.formats())
+        self._model = self._create(spec, activation_bits if bipolar else 0)
         self.name = f"native-{self._model.isa()}"
         self.block_bytes = self._model.block_bytes()
         self.window = window
@@ -104,7 +109,7 @@ class NativeRunner:
         else:
             _attach_weights(self._model, checkpoint, window)
 
-    def _create(self, spec: ModelSpec) -> binding.NativeModel:
+    def _create(self, spec: ModelSpec, activation_bits: int) -> binding.NativeModel:
         windows = np.array([spec.layer_window(i) or 0 for i in range(spec.num_layers)], np.int32)
         local = spec.rope_local if spec.rope_local is not None else spec.rope
         ropes = np.array([int(window > 0) for window in windows], np.int32)
@@ -119,7 +124,8 @@ class NativeRunner:
             rope_frequencies=frequencies.ctypes.data,
             max_context=min(spec.max_context, self.num_blocks * self.block_tokens), block_tokens=self.block_tokens,
             num_blocks=self.num_blocks, num_host_blocks=self.num_host_blocks, max_rows=self.max_rows,
-            threads=self.threads, isa=None if isa is None else ctypes.c_char_p(isa.encode()),
+            threads=self.threads, activation_bits=activation_bits,
+            isa=None if isa is None else ctypes.c_char_p(isa.encode()),
         )  # fmt: skip
         return binding.NativeModel(binding.load(), config)
 

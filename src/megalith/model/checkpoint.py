@@ -21,7 +21,7 @@ from megalith.base.errors import ModelFormatError
 from megalith.model.compressed import WeightFiles
 from megalith.model.describe import RUNNABLE, spec_from_gguf, spec_from_hf
 from megalith.model.formats import dequantize, row_bytes
-from megalith.model.gguf import GgufFile
+from megalith.model.gguf import ACTIVATION_BITS_KEY, GgufFile
 from megalith.model.source import ModelFiles
 from megalith.specs.model import ModelSpec
 
@@ -84,8 +84,12 @@ class _Files(Protocol):
 class Checkpoint:
     """The weights of one model, checked against its spec when opened, read when asked for."""
 
-    def __init__(self, spec: ModelSpec, files: _Files, entries: dict[str, _Entry]) -> None:
+    def __init__(
+        self, spec: ModelSpec, files: _Files, entries: dict[str, _Entry], activation_bits: int | None = None
+    ) -> None:
         self.spec = spec
+        self.activation_bits = activation_bits
+        """Of what bipolar matrices were meant to be multiplied with, where the file says so."""
         self._files = files
         self._entries = entries
 
@@ -190,7 +194,14 @@ def gguf_checkpoint(file: GgufFile) -> Checkpoint:
             if part in ("q", "k"):
                 heads = spec.num_heads if part == "q" else spec.num_kv_heads
                 entries[name] = _Entry(entry.file_name, entry.shape, entry.format, "unpermute", heads)
-    return Checkpoint(spec, file, entries)
+    return Checkpoint(spec, file, entries, _activation_bits(file))
+
+
+def _activation_bits(file: GgufFile) -> int | None:
+    bits = file.metadata.get(ACTIVATION_BITS_KEY)
+    if bits is None or (type(bits) is int and 1 <= bits <= 8):
+        return bits
+    raise ModelFormatError(f"{file.path} has {ACTIVATION_BITS_KEY} {bits!r}, which is not from 1 to 8.")
 
 
 def _hf_checkpoint(spec: ModelSpec, model: WeightFiles) -> Checkpoint:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalith.base.errors import ModelFormatError
+from megalith.model import bipolar
 from megalith.model.formats import FORMATS, row_bytes
 
 U8 = NDArray[np.uint8]
@@ -188,6 +190,10 @@ def _q5_1(x: F32, out: U8) -> None:
     _put_levels(out, 8, best.q, 4)
 
 
+def _bipolar(bits: int, x: F32, out: U8) -> None:
+    bipolar.encode(x, bits, out)
+
+
 _ENCODERS: dict[str, Callable[[F32, U8], None]] = {
     "F32": _f32,
     "F16": _f16,
@@ -197,4 +203,5 @@ _ENCODERS: dict[str, Callable[[F32, U8], None]] = {
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
+    **{bipolar.format_name(n): partial(_bipolar, n) for n in bipolar.WIDTHS},
 }

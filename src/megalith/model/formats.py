@@ -1,20 +1,22 @@
-"""Weight formats of GGUF and safetensors files, and their exact decoding to float32 with NumPy.
+"""Weight formats of model files, and their exact decoding to float32 with NumPy.
 
 Knows the bit layout of each format (the `ggml` block layouts: ggml/src/ggml-common.h of llama.cpp). Must not know
 files, models or devices. Every decoder is bit-exact to the `gguf` package's: the products and sums are done in float32
-in the same order.
+in the same order. The bipolar formats are our own (model/bipolar.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalith.base.errors import ModelFormatError
+from megalith.model import bipolar
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -42,7 +44,7 @@ FORMATS: dict[str, Format] = {
     "Q4_K": Format(256, 144),
     "Q5_K": Format(256, 176),
     "Q6_K": Format(256, 210),
-}
+} | {bipolar.format_name(n): Format(bipolar.GROUP, bipolar.block_bytes(n)) for n in bipolar.WIDTHS}
 
 
 def row_bytes(format_name: str, elements: int) -> int:
@@ -184,6 +186,10 @@ def _q6_k(blocks: U8, out: F32) -> None:
     view *= scale
 
 
+def _bipolar(bits: int, blocks: U8, out: F32) -> None:
+    bipolar.decode(blocks, bits, out)
+
+
 _DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "F32": _f32,
     "F16": _f16,
@@ -196,4 +202,5 @@ _DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    **{bipolar.format_name(n): partial(_bipolar, n) for n in bipolar.WIDTHS},
 }

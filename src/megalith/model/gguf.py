@@ -50,6 +50,10 @@ _TENSOR_TYPES = {
 }  # fmt: skip
 TENSOR_TYPE_NUMBERS = {name: number for number, name in _TENSOR_TYPES.items()}
 """The container's number of each weight format."""
+OWN_FORMATS_KEY = "megalith.formats"
+"""Metadata: `tensor=FORMAT` for tensors in our own formats, which the container stores as rows of I8."""
+ACTIVATION_BITS_KEY = "megalith.activation_bits"
+"""Metadata: bits of the activations that bipolar matrices were meant to be multiplied with."""
 _U64 = struct.Struct("<Q")
 
 
@@ -190,6 +194,7 @@ class _Header:
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or isinstance(alignment, bool) or not _sound_alignment(alignment):
             raise self._bad(f"has general.alignment {alignment!r}, which is not a power of two from 1 to 1 MiB")
+        own = self._own_formats()
         found: list[tuple[str, tuple[int, ...], str, int]] = []
         for _ in range(count):
             name = self._string("a tensor name")
@@ -198,7 +203,8 @@ class _Header:
                 raise self._bad(f"gives tensor {name!r} {dims} dimensions; 1 to {_MAX_DIMS} are possible")
             sizes = tuple(self._number("<Q", f"shape of {name}") for _ in range(dims))
             kind = self._number("<I", f"type of {name}")
-            found.append((name, sizes[::-1], self._format(kind, name), self._number("<Q", f"offset of {name}")))
+            shape, kind_name = self._own(kind, name, sizes[::-1], own)
+            found.append((name, shape, kind_name, self._number("<Q", f"offset of {name}")))
         start = -(-self._at // alignment) * alignment
         for name, shape, kind_name, offset in found:
             if name in self.tensors:
@@ -221,6 +227,30 @@ class _Header:
                 f"{start + offset + num_bytes}: the file is truncated or damaged"
             )
         return GgufTensor(name, shape, kind, start + offset, num_bytes, self._part)
+
+    def _own_formats(self) -> dict[str, str]:
+        """{tensor: format} of the tensors that the container cannot name the format of."""
+        listed = self.metadata.get(OWN_FORMATS_KEY, [])
+        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+            raise self._bad(f"has a {OWN_FORMATS_KEY} that is not a list of texts")
+        own = {name: kind for name, _, kind in (text.rpartition("=") for text in listed)}
+        for name, kind in own.items():
+            if not kind.startswith("BIPOLAR") or kind not in FORMATS:
+                raise self._bad(f"gives tensor {name!r} the format {kind!r} in {OWN_FORMATS_KEY}, which is not known")
+        return own
+
+    def _own(self, kind: int, name: str, shape: tuple[int, ...], own: dict[str, str]) -> tuple[tuple[int, ...], str]:
+        """Shape in weights, and format: of rows of bytes if the format is our own."""
+        if name not in own:
+            return shape, self._format(kind, name)
+        size, size_bytes = FORMATS[own[name]]
+        stored = _TENSOR_TYPES.get(kind, f"number {kind}")
+        if stored != "I8" or shape[-1] % size_bytes:
+            raise self._bad(
+                f"says that tensor {name!r} is {own[name]}, but stores it as {stored} with rows of {shape[-1]} (blocks "
+                f"take {size_bytes} bytes)"
+            )
+        return (*shape[:-1], shape[-1] // size_bytes * size), own[name]
 
     def _format(self, kind: int, name: str) -> str:
         text = _TENSOR_TYPES.get(kind, f"number {kind}")

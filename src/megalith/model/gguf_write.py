@@ -21,7 +21,7 @@ from megalith.base.errors import ConfigError, MachineError
 from megalith.base.units import format_bytes
 from megalith.base.whole_file import written_whole
 from megalith.model.formats import row_bytes
-from megalith.model.gguf import TENSOR_TYPE_NUMBERS
+from megalith.model.gguf import OWN_FORMATS_KEY, TENSOR_TYPE_NUMBERS
 
 U8 = NDArray[np.uint8]
 _ALIGNMENT = 32
@@ -36,6 +36,11 @@ class NewTensor:
     name: str
     shape: tuple[int, ...]
     format: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether GGUF has no number for the format: the rows are stored as I8, and metadata say what they are."""
+        return self.format not in TENSOR_TYPE_NUMBERS
 
     @property
     def num_bytes(self) -> int:
@@ -110,11 +115,16 @@ def check_target(path: Path, total: int, *, force: bool) -> None:
 
 
 def _header(pairs: Sequence[bytes], tensors: Sequence[NewTensor]) -> bytes:
+    own = [f"{tensor.name}={tensor.format}" for tensor in tensors if tensor.is_own]
+    pairs = [*pairs, pair(OWN_FORMATS_KEY, own)] if own else pairs
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(pairs)), *pairs]
     offset = 0
     for tensor in tensors:
-        sizes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        parts.append(_text(tensor.name) + sizes + struct.pack("<IQ", TENSOR_TYPE_NUMBERS[tensor.format], offset))
+        kind, shape = tensor.format, tensor.shape
+        if tensor.is_own:
+            kind, shape = "I8", (*shape[:-1], row_bytes(kind, shape[-1]))
+        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        parts.append(_text(tensor.name) + sizes + struct.pack("<IQ", TENSOR_TYPE_NUMBERS[kind], offset))
         offset += _padded(tensor.num_bytes)
     body = b"".join(parts)
     return body + bytes(_padded(len(body)) - len(body))

@@ -7,6 +7,7 @@ source is brought into GGUF's conventions: rows of q and k of the llama family i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from megalith.base.errors import ConfigError, ModelFormatError
 from megalith.model.checkpoint import Checkpoint, gguf_checkpoint, gguf_name, open_checkpoint, permuted
 from megalith.model.encode import encode, writable
 from megalith.model.formats import FORMATS, dequantize
-from megalith.model.gguf import GgufFile
+from megalith.model.gguf import ACTIVATION_BITS_KEY, GgufFile
 from megalith.model.gguf_metadata import pairs_from_hf
 from megalith.model.gguf_write import NewTensor, pair, write_gguf
 from megalith.model.source import ModelFiles
@@ -39,12 +40,22 @@ TABLES = ("embed", "head")
 class Recipe:
     """Formats: `to` for matrices, `keep` for exceptions by part (`embed`, `q`, `down`, ...) or `layers.3.down`.
 
-    Embedding and head take Q8_0 under a 4 or 5 bit `to` unless `keep` says otherwise: they are read once a step, and
-    their errors reach every token.
+    Embedding and head take Q8_0 under a bipolar or a 4 or 5 bit `to` unless `keep` says otherwise: they are read once
+    a step, and their errors reach every token.
     """
 
     to: str
     keep: Mapping[str, str] = field(default_factory=dict)
+    activation_bits: int | None = None
+    """Of what bipolar matrices are to be multiplied with; written to the file."""
+
+    @staticmethod
+    def of(text: str, keep: Mapping[str, str]) -> Recipe:
+        """`text` as people write it: a format, or bipolar4a8 for weights of 4 and activations of 8 bits."""
+        match = re.fullmatch(r"(BIPOLAR[1-8])A([1-8])", text.upper())
+        if match is None:
+            return Recipe(text.upper(), keep)
+        return Recipe(match.group(1), keep, int(match.group(2)))
 
     def __post_init__(self) -> None:
         for name in (self.to, *self.keep.values()):
@@ -59,7 +70,7 @@ class Recipe:
         part = stem.rpartition(".")[2]
         wanted = self.keep.get(stem) or self.keep.get(part)
         if wanted is None:
-            wanted = "Q8_0" if part in TABLES and self.to[:2] in ("Q4", "Q5") else self.to
+            wanted = "Q8_0" if part in TABLES and self.to[:2] in ("Q4", "Q5", "BI") else self.to
         return wanted if shape[-1] % FORMATS[wanted].block_elements == 0 else FALLBACK
 
     def check_used(self, names: list[str]) -> None:
@@ -107,7 +118,10 @@ def quantize(
     pairs, jobs = _jobs(files, recipe)
     if path.exists() and files.path.resolve() == path.resolve():
         raise ConfigError(f"{path} is the model that is being read.", "Give another name.")
-    pairs = [*pairs, pair("general.file_type", _FILE_TYPES[recipe.to])]
+    if recipe.to in _FILE_TYPES:
+        pairs = [*pairs, pair("general.file_type", _FILE_TYPES[recipe.to])]
+    if recipe.activation_bits is not None:
+        pairs = [*pairs, pair(ACTIVATION_BITS_KEY, recipe.activation_bits)]
     tensors = [job.new for job in jobs]
     size = write_gguf(path, pairs, tensors, _pieces(jobs, advance), force=force)
     return outcome_of(path, size, jobs, recipe)
@@ -145,7 +159,7 @@ def _gguf_jobs(file: GgufFile, recipe: Recipe) -> tuple[list[bytes], list[Job]]:
         kind = tensor.type if ours is None else recipe.format_of(ours, tensor.shape)
         jobs.append(Job(NewTensor(name, tensor.shape, kind), tensor.type, lambda name=name: file.raw(name)))  # type: ignore[misc]
     # The new file is one file with our own alignment.
-    dropped = ("split.", "general.file_type", "general.alignment")
+    dropped = ("split.", "general.file_type", "general.alignment", "megalith.")
     return [file.metadata_bytes(key) for key in file.metadata if not key.startswith(dropped)], jobs
 
 

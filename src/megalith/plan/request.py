@@ -77,7 +77,7 @@ class ServeRequest(Config, kw_only=True):
             kind=self.profile.kind, kv_format=self.kv_format, block_tokens=self.block_tokens, num_blocks=num_blocks,
             work=Workspace(
                 self.rows, min(self.outputs or self.batch, self.rows), self.context,
-                int(self.profile.versions.get("threads", "1")),
+                int(self.profile.versions.get("threads", "1")), 8 if "bipolar" in self.weights.format else 0,
             ),
             devices=self.devices, num_host_blocks=self.num_host_blocks,
         )  # fmt: skip

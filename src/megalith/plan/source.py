@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalith.base.errors import ModelNotFound
-from megalith.cost.memory import WeightBytes, default_head_format, packed_bytes, weight_bytes
+from megalith.cost.memory import WeightBytes, default_head_format, mac_times, packed_bytes, weight_bytes
 from megalith.cost.parameters import count, expert_weights
 from megalith.plan import shapes
 from megalith.specs import catalog
@@ -61,12 +61,14 @@ def native_bytes(parts: dict[str, dict[str, int]], source: str) -> WeightBytes:
         part: sum(packed_bytes(elements, name) for name, elements in parts.get(part, {}).items())
         for part in ("layers", "experts", "head", "tables")
     }
+    layers = parts.get("layers", {})
     stored = "+".join(sorted({name for part in ("layers", "head") for name in parts.get(part, {})}))
     return WeightBytes(
         format=f"{stored} packed",
         **packed,
         vectors=4 * sum(parts.get("vectors", {}).values()),
         source=source,
+        mac_times=sum(n * mac_times(name) for name, n in layers.items()) / max(1, sum(layers.values())),
     )
 
 

@@ -29,6 +29,7 @@ STUDIES: dict[str, str] = {
     "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "energonai": "EnergonAI: packed batches, a pipeline that does not block, layers on a peer; each against itself off",
     "blockllm": "BlockLLM: blocks shared by many fine-tuned models, against a model for each and shared bases",
+    "bipolar-int": "Bipolar integers: any width of 1 to 8 bits by bit planes, against all planes and int8 products",
     "tension-splitfuse-disaggregation": "SplitFuse x prompts on devices of their own: do the gains multiply?",
     "tension-nanoflow-polca": "nano-batches x more servers on one power budget: do the gains multiply?",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",

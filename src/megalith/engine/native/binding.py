@@ -20,7 +20,10 @@ from megalith.engine.batch import F32, I32, MAX_LOGPROBS, SamplingBatch, StepBat
 from megalith.engine.native import build
 
 Array = NDArray[Any]
-FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+FORMATS = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+    *(f"BIPOLAR{bits}" for bits in range(1, 9)),
+)  # fmt: skip
 TENSORS = (
     "q", "k", "v", "o", "gate", "up", "down", "embed", "head", "attn_norm", "ffn_norm", "post_attn_norm",
     "post_ffn_norm", "q_norm", "k_norm", "q.bias", "k.bias", "v.bias", "final_norm",
@@ -52,7 +55,7 @@ Config: Any = _struct("Config", [
                 " post_norms qkv_bias"),
     *_all(_F32, "norm_eps attention_scale embedding_scale"),
     *_all(_P, "windows ropes rope_frequencies"),
-    *_all(_I32, "max_context block_tokens num_blocks num_host_blocks max_rows threads"),
+    *_all(_I32, "max_context block_tokens num_blocks num_host_blocks max_rows threads activation_bits"),
     ("isa", ctypes.c_char_p),
 ])  # fmt: skip
 _Batch: Any = _struct("_Batch", [
@@ -101,6 +104,8 @@ class Library:
             "native_matrix_row": (_P, _I32, _P),
             "native_matrix_multiply": (_P, ctypes.c_char_p, _P, _I32, _P),
             "native_quantize": (ctypes.c_char_p, _P, _I32, _I32, _P, _P, _P),
+            "native_quantize_planes": (ctypes.c_char_p, _P, _I32, _I32, _I32, _P, _P),
+            "native_multiply_planes": (_P, ctypes.c_char_p, _P, _P, _I32, _I32, _P),
             "native_sample": (ctypes.c_char_p, _P, _I32, _P, _P),
         }.items():
             getattr(self.c, name).argtypes = arguments

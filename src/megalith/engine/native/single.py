@@ -60,6 +60,22 @@ class PackedMatrix:
             raise ValueError(f"multiply of {rows} rows with {isa} failed with code {code}")
         return y[:, : self.outputs]
 
+    def multiply_planes(self, planes: NDArray[np.uint32], scale: F32, isa: str | None = None) -> F32:
+        """What `quantize_planes` gives times this bipolar matrix: [M, outputs]."""
+        rows, groups, bits = planes.shape[:3]
+        wanted = (rows, self.inputs // 64, bits, 2, 2)
+        if planes.shape != wanted or self.inputs % 64 or scale.shape != (rows, groups):
+            raise ValueError(f"planes {planes.shape} and scales {scale.shape} for {self.inputs} inputs: want {wanted}")
+        planes, scale = np.ascontiguousarray(planes, np.uint32), np.ascontiguousarray(scale, np.float32)
+        y = np.empty((rows, -(-self.outputs // 16) * 16), np.float32)
+        name = None if isa is None else isa.encode()
+        code = self._c.native_multiply_planes(
+            self._handle, name, planes.ctypes.data, scale.ctypes.data, bits, rows, y.ctypes.data
+        )
+        if code != OK:
+            raise ValueError(f"multiply of {rows} rows in {bits} bit planes with {isa} failed with code {code}")
+        return y[:, : self.outputs]
+
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self._c.native_matrix_destroy(self._handle)
@@ -76,6 +92,20 @@ def quantize(library: Library, x_MK: F32, isa: str | None = None) -> tuple[NDArr
     if code != OK:
         raise ValueError(f"quantize of {rows} x {inputs} with {isa} failed with code {code}")
     return a, scale, total
+
+
+def quantize_planes(library: Library, x_MK: F32, bits: int, isa: str | None = None) -> tuple[NDArray[np.uint32], F32]:
+    """Rows of x as bipolar activations: planes [M, K / 64, bits, 2, 2] (c/matrix.h), scales [M, K / 64]."""
+    rows, inputs = x_MK.shape
+    planes, scale = np.empty((rows, inputs // 64, bits, 2, 2), np.uint32), np.empty((rows, inputs // 64), np.float32)
+    name = None if isa is None else isa.encode()
+    x_MK = np.ascontiguousarray(x_MK, np.float32)
+    code = library.c.native_quantize_planes(
+        name, x_MK.ctypes.data, rows, inputs, bits, planes.ctypes.data, scale.ctypes.data
+    )
+    if code != OK:
+        raise ValueError(f"{rows} x {inputs} values as {bits} bit planes with {isa} failed with code {code}")
+    return planes, scale
 
 
 def sample(library: Library, logits_V: F32, sampling: SamplingBatch, isa: str | None = None) -> StepResult:

@@ -22,6 +22,8 @@ enum native_code {
 enum native_format {
     NATIVE_F32, NATIVE_F16, NATIVE_BF16, NATIVE_Q8_0, NATIVE_Q4_0, NATIVE_Q4_1, NATIVE_Q5_0, NATIVE_Q5_1,
     NATIVE_Q4_K, NATIVE_Q5_K, NATIVE_Q6_K,
+    NATIVE_BIPOLAR1, NATIVE_BIPOLAR2, NATIVE_BIPOLAR3, NATIVE_BIPOLAR4, NATIVE_BIPOLAR5, NATIVE_BIPOLAR6, NATIVE_BIPOLAR7,
+    NATIVE_BIPOLAR8,
     NATIVE_FORMATS
 };
 
@@ -54,6 +56,7 @@ struct native_config {
     int32_t block_tokens, num_blocks, num_host_blocks;
     int32_t max_rows;
     int32_t threads;
+    int32_t activation_bits; /* of what bipolar matrices are multiplied with; 0: the model has none */
     const char *isa; /* NULL: the best that library and machine have */
 };
 
@@ -156,6 +159,12 @@ NATIVE_API int32_t native_matrix_multiply(const native_matrix *matrix, const cha
 /* x [rows, inputs] to a [rows, inputs], scale and sum [rows, inputs / 32]. */
 NATIVE_API int32_t native_quantize(const char *isa, const float *x, int32_t rows, int32_t inputs, int8_t *a, float *scale,
                                    float *sum);
+/* The same for bipolar matrices: planes [rows, inputs / 64, bits, 2, 2] (matrix.h), scale [rows, inputs / 64]. */
+NATIVE_API int32_t native_quantize_planes(const char *isa, const float *x, int32_t rows, int32_t inputs, int32_t bits,
+                                          uint32_t *planes, float *scale);
+/* Activations in planes times a bipolar matrix: y [rows, padded outputs]. */
+NATIVE_API int32_t native_multiply_planes(const native_matrix *matrix, const char *isa, const uint32_t *planes,
+                                          const float *scale, int32_t bits, int32_t rows, float *y);
 /* Sample one row of logits [V]. */
 NATIVE_API int32_t native_sample(const char *isa, const float *logits, int32_t vocab, const struct native_sampling *sampling,
                                  const struct native_result *result);

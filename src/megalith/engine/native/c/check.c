@@ -14,7 +14,8 @@ int check_config(const struct native_config *c, char *message) {
         {"vocab", c->vocab, 1, 1 << 24},             {"max_context", c->max_context, 1, 1 << 28},
         {"block_tokens", c->block_tokens, 16, 4096}, {"num_blocks", c->num_blocks, 1, INT32_MAX},
         {"num_host_blocks", c->num_host_blocks, 0, INT32_MAX}, {"max_rows", c->max_rows, 1, 1 << 20},
-        {"threads", c->threads, 1, 1024},            {"activation", c->activation, NATIVE_SILU, NATIVE_GELU_TANH},
+        {"threads", c->threads, 1, 1024},            {"activation_bits", c->activation_bits, 0, 8},
+        {"activation", c->activation, NATIVE_SILU, NATIVE_GELU_TANH},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (ranges[i].value < ranges[i].least || ranges[i].value > ranges[i].most)

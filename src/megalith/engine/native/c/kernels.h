@@ -53,6 +53,9 @@ struct kernels {
     void (*multiply)(const struct product *job, int first, int last);
     /* Row i of x to row i of the activations: 8 bits with one scale for each group of 32. */
     void (*quantize)(const float *x, int row, const struct activations *to);
+    /* The same for bipolar matrices and activations of plane_bits bits, with one scale for each group of 64. */
+    void (*multiply_planes)(const struct product *job, int first, int last);
+    void (*quantize_planes)(const float *x, int row, const struct activations *to);
     /* out = x / rms(x) * weight; n is a multiple of 16. In place when out == x. */
     void (*norm)(const float *x, const float *weight, int n, float eps, float *out);
     /* Rotate pairs (i, i + n / 2) by angles with these cosines and sines, then multiply by `scale`. */

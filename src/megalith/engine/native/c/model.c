@@ -76,6 +76,8 @@ int workspace_create(native_model *model) {
     w->wide = most(most(heads + 2 * kv, 2 * ffn), hidden);
     w->score_stride = positions;
     w->logit_stride = vocab;
+    w->a.plane_bits = c->activation_bits;
+    size_t plane_groups = c->activation_bits > 0 ? rows * (w->widest / BIPOLAR_GROUP) : 0;
     struct { void **to; size_t bytes; } parts[] = {
         {(void **)&w->x, rows * hidden * 4},
         {(void **)&w->y, rows * w->wide * 4},
@@ -89,6 +91,8 @@ int workspace_create(native_model *model) {
         {(void **)&w->a.a, rows * w->widest},
         {(void **)&w->a.scale, rows * (w->widest / GROUP) * 4},
         {(void **)&w->a.sum, rows * (w->widest / GROUP) * 4},
+        {(void **)&w->a.planes, plane_groups * PLANE_WORDS(c->activation_bits) * 4},
+        {(void **)&w->a.plane_scale, plane_groups * 4},
         {(void **)&w->tiles, rows * sizeof(struct tile_rows)},
     };
     size_t total = 0, count = sizeof parts / sizeof *parts;
@@ -227,6 +231,9 @@ int32_t native_load(native_model *model, int32_t layer, int32_t tensor, int32_t 
     if (format < 0 || format >= NATIVE_FORMATS || (inputs == 0 && format != NATIVE_F32) ||
         (inputs > 0 && inputs % format_table[format].block_elements != 0))
         return fail(model->message, NATIVE_BAD_ARGUMENT, "tensor %d of layer %d cannot have format %d", tensor, layer, format);
+    if (format_table[format].planes > 0 && c->activation_bits == 0)
+        return fail(model->message, NATIVE_BAD_ARGUMENT, "tensor %d of layer %d is bipolar and the model has no activation bits",
+                    tensor, layer);
     int64_t needed = inputs == 0 ? (int64_t)outputs * 4 : (int64_t)format_row_bytes(format, inputs) * outputs;
     if (raw == NULL || raw_bytes != needed)
         return fail(model->message, NATIVE_BAD_ARGUMENT, "tensor %d of layer %d has %lld bytes, not %lld", tensor, layer,

@@ -2,6 +2,7 @@
  *
  * Exact: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K keep their values bit for bit. Q6_K (groups of 16) and the float
  * formats are rounded to 8 bits with one float scale a group: at most 1/254 of the group's largest weight away.
+ * Bipolar matrices keep their bit planes as the file has them.
  */
 #include "pack.h"
 
@@ -9,12 +10,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* A half float scale, then n planes of 64 bits: element e is bit e % 8 of byte e / 8. */
+#define BIPOLAR(n) [NATIVE_BIPOLAR1 + n - 1] = {BIPOLAR_GROUP, 2 + 8 * n, 0, 0, 0, 0, n}
+
 const struct format_info format_table[NATIVE_FORMATS] = {
-    /* block elements, block bytes, bits, zero, wide scales, minima */
+    /* block elements, block bytes, bits, zero, wide scales, minima, planes */
     [NATIVE_F32] = {1, 4, 8, 128, 1, 0},    [NATIVE_F16] = {1, 2, 8, 128, 1, 0},   [NATIVE_BF16] = {1, 2, 8, 128, 1, 0},
     [NATIVE_Q8_0] = {32, 34, 8, 128, 0, 0}, [NATIVE_Q4_0] = {32, 18, 4, 8, 0, 0},  [NATIVE_Q4_1] = {32, 20, 4, 0, 0, 1},
     [NATIVE_Q5_0] = {32, 22, 8, 16, 0, 0},  [NATIVE_Q5_1] = {32, 24, 8, 0, 0, 1},  [NATIVE_Q4_K] = {256, 144, 4, 0, 1, 1},
     [NATIVE_Q5_K] = {256, 176, 8, 0, 1, 1}, [NATIVE_Q6_K] = {256, 210, 8, 128, 1, 0},
+    BIPOLAR(1), BIPOLAR(2), BIPOLAR(3), BIPOLAR(4), BIPOLAR(5), BIPOLAR(6), BIPOLAR(7), BIPOLAR(8),
 };
 
 struct group_values {
@@ -158,19 +163,27 @@ static void put_group(const struct matrix *w, uint8_t *record, int c, const stru
     }
 }
 
+/* Column c of one record of a bipolar matrix, from its block in the file. */
+static void put_planes(const struct matrix *w, uint8_t *record, int c, const uint8_t *block) {
+    for (int i = 0; i < 2 * w->planes; i++) memcpy(record + 64 * i + 4 * c, block + 2 + 4 * i, 4);
+    memcpy(record + 2 * 64 * w->planes + 2 * c, block, 2);
+}
+
 void matrix_describe(struct matrix *w, int format, int outputs, int inputs) {
     const struct format_info *f = &format_table[format];
     *w = (struct matrix){
         .outputs = outputs,
         .inputs = inputs,
         .panels = (outputs + PANEL - 1) / PANEL,
-        .groups = inputs / GROUP,
+        .groups = inputs / (f->planes ? BIPOLAR_GROUP : GROUP),
         .bits = f->bits,
+        .planes = f->planes,
         .zero = f->zero,
         .wide_scales = f->wide_scales,
         .has_min = f->has_min,
         .record_bytes = (size_t)(f->bits * GROUP * PANEL / 8 + (f->wide_scales ? 64 : 32) * (1 + f->has_min)),
     };
+    if (f->planes) w->record_bytes = (size_t)(f->planes * BIPOLAR_GROUP / 8 + 2) * PANEL;
     w->bytes = w->record_bytes * (size_t)w->panels * (size_t)w->groups;
 }
 
@@ -178,9 +191,24 @@ size_t format_row_bytes(int format, int inputs) {
     return (size_t)inputs / format_table[format].block_elements * format_table[format].block_bytes;
 }
 
+static void pack_planes(struct matrix *w, int format, const uint8_t *raw, int panel) {
+    const uint8_t padding[2 + BIPOLAR_GROUP] = {0};
+    size_t row_bytes = format_row_bytes(format, w->inputs), block_bytes = (size_t)format_table[format].block_bytes;
+    uint8_t *record = w->data + (size_t)panel * w->groups * w->record_bytes;
+    for (int g = 0; g < w->groups; g++, record += w->record_bytes)
+        for (int c = 0; c < PANEL; c++) {
+            const uint8_t *row = raw + (size_t)(panel * PANEL + c) * row_bytes;
+            put_planes(w, record, c, panel * PANEL + c < w->outputs ? row + (size_t)g * block_bytes : padding);
+        }
+}
+
 void matrix_pack_panel(struct matrix *w, int format, const uint8_t *raw, int panel) {
     size_t row_bytes = format_row_bytes(format, w->inputs);
     uint8_t *record = w->data + (size_t)panel * w->groups * w->record_bytes;
+    if (w->planes) {
+        pack_planes(w, format, raw, panel);
+        return;
+    }
     for (int g = 0; g < w->groups; g++, record += w->record_bytes)
         for (int c = 0; c < PANEL; c++) {
             struct group_values v = {.d = 0};
@@ -189,9 +217,29 @@ void matrix_pack_panel(struct matrix *w, int format, const uint8_t *raw, int pan
         }
 }
 
+/* Column c of one record of a bipolar matrix as floats. */
+static void planes_row(const struct matrix *w, const uint8_t *record, int c, float scale, float *out) {
+    uint16_t half;
+    memcpy(&half, record + 2 * 64 * w->planes + 2 * c, 2);
+    float d = float_from_half(half);
+    for (int k = 0; k < BIPOLAR_GROUP; k++) {
+        int code = 0;
+        for (int i = 0; i < w->planes; i++) {
+            uint32_t word;
+            memcpy(&word, record + 64 * (2 * i + k / 32) + 4 * c, 4);
+            code |= (int)(word >> k % 32 & 1) << i;
+        }
+        out[k] = d * (float)(2 * code - (1 << w->planes) + 1) * scale;
+    }
+}
+
 void matrix_row(const struct matrix *w, int row, float scale, float *out) {
     int c = row % PANEL;
     const uint8_t *record = w->data + (size_t)(row / PANEL) * w->groups * w->record_bytes;
+    if (w->planes) {
+        for (int g = 0; g < w->groups; g++) planes_row(w, record + g * w->record_bytes, c, scale, out + g * BIPOLAR_GROUP);
+        return;
+    }
     for (int g = 0; g < w->groups; g++, record += w->record_bytes, out += GROUP) {
         const uint8_t *scales = record + (w->bits == 4 ? 256 : 512);
         float d, m = 0;

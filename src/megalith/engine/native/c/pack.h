@@ -7,7 +7,7 @@
 
 struct format_info {
     int32_t block_elements, block_bytes; /* in the file */
-    int32_t bits, zero, wide_scales, has_min; /* in the panels: see struct matrix */
+    int32_t bits, zero, wide_scales, has_min, planes; /* in the panels: see struct matrix */
 };
 extern const struct format_info format_table[NATIVE_FORMATS];
 

@@ -41,7 +41,7 @@ int32_t native_quantize(const char *isa, const float *x, int32_t rows, int32_t i
     const struct kernels *kernels = kernels_by_name(isa);
     if (kernels == NULL) return NATIVE_NO_ISA;
     if (rows < 0 || inputs < GROUP || inputs % GROUP) return NATIVE_BAD_ARGUMENT;
-    struct activations to = {a, scale, sum, rows, inputs, inputs / GROUP};
+    struct activations to = {.a = a, .scale = scale, .sum = sum, .rows = rows, .inputs = inputs, .groups = inputs / GROUP};
     for (int row = 0; row < rows; row++) kernels->quantize(x + (size_t)row * inputs, row, &to);
     return NATIVE_OK;
 }
@@ -49,13 +49,14 @@ int32_t native_quantize(const char *isa, const float *x, int32_t rows, int32_t i
 int32_t native_matrix_multiply(const native_matrix *matrix, const char *isa, const float *x, int32_t rows, float *y) {
     const struct kernels *kernels = kernels_by_name(isa);
     if (kernels == NULL) return NATIVE_NO_ISA;
-    if (rows < 1) return NATIVE_BAD_ARGUMENT;
+    if (rows < 1 || matrix->w.planes) return NATIVE_BAD_ARGUMENT;
     size_t inputs = (size_t)matrix->w.inputs, groups = (size_t)matrix->w.groups;
     int8_t *a = malloc((size_t)rows * inputs);
     float *scale = malloc((size_t)rows * groups * 4), *sum = malloc((size_t)rows * groups * 4);
     int32_t code = NATIVE_NO_MEMORY;
     if (a != NULL && scale != NULL && sum != NULL) {
-        struct activations to = {a, scale, sum, rows, matrix->w.inputs, matrix->w.groups};
+        struct activations to = {
+            .a = a, .scale = scale, .sum = sum, .rows = rows, .inputs = matrix->w.inputs, .groups = matrix->w.groups};
         struct product job = {&matrix->w, &to, y, (ptrdiff_t)matrix->w.panels * PANEL, 0};
         for (int row = 0; row < rows; row++) kernels->quantize(x + (size_t)row * inputs, row, &to);
         kernels->multiply(&job, 0, matrix->w.panels);
@@ -65,6 +66,28 @@ int32_t native_matrix_multiply(const native_matrix *matrix, const char *isa, con
     free(scale);
     free(sum);
     return code;
+}
+
+int32_t native_quantize_planes(const char *isa, const float *x, int32_t rows, int32_t inputs, int32_t bits, uint32_t *planes,
+                               float *scale) {
+    const struct kernels *kernels = kernels_by_name(isa);
+    if (kernels == NULL) return NATIVE_NO_ISA;
+    if (rows < 0 || inputs < BIPOLAR_GROUP || inputs % BIPOLAR_GROUP || bits < 1 || bits > 8) return NATIVE_BAD_ARGUMENT;
+    struct activations to = {.planes = planes, .plane_scale = scale, .plane_bits = bits, .rows = rows, .inputs = inputs};
+    for (int row = 0; row < rows; row++) kernels->quantize_planes(x + (size_t)row * inputs, row, &to);
+    return NATIVE_OK;
+}
+
+int32_t native_multiply_planes(const native_matrix *matrix, const char *isa, const uint32_t *planes, const float *scale,
+                               int32_t bits, int32_t rows, float *y) {
+    const struct kernels *kernels = kernels_by_name(isa);
+    if (kernels == NULL) return NATIVE_NO_ISA;
+    if (rows < 1 || !matrix->w.planes || bits < 1 || bits > 8) return NATIVE_BAD_ARGUMENT;
+    struct activations x = {.planes = (uint32_t *)planes, .plane_scale = (float *)scale, /* only read */
+                            .plane_bits = bits, .rows = rows, .inputs = matrix->w.inputs};
+    struct product job = {&matrix->w, &x, y, (ptrdiff_t)matrix->w.panels * PANEL, 0};
+    kernels->multiply_planes(&job, 0, matrix->w.panels);
+    return NATIVE_OK;
 }
 
 int32_t native_sample(const char *isa, const float *logits, int32_t vocab, const struct native_sampling *sampling,

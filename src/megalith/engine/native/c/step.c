@@ -24,6 +24,7 @@ struct step {
     int index;   /* of the layer */
     int rows;    /* in x now */
     int tiles, head_parts; /* head_parts: tiles that share one KV head because its query heads are many */
+    int groups_of_32, planes; /* which activations the matrices want that read the row at hand */
     int first_output, outputs; /* of the run of output rows that is sampled now */
     int failed_output;
     int64_t clock;
@@ -75,12 +76,18 @@ static void embed_row(struct step *s, int row, int worker) {
     }
 }
 
+/* Row `row` of the activations, as the matrices want it that read it. */
+static void quantize(struct step *s, int row, const float *x) {
+    if (s->groups_of_32) s->model->kernels->quantize(x, row, &s->model->work.a);
+    if (s->planes) s->model->kernels->quantize_planes(x, row, &s->model->work.a);
+}
+
 /* The activations of the matrices that read `row` of x through the norm `weight`. */
 static void norm_and_quantize(struct step *s, int row, int worker, const float *weight) {
     native_model *m = s->model;
     float *normed = m->work.normed + (size_t)worker * m->work.widest;
     m->kernels->norm(m->work.x + (size_t)row * s->c->hidden, weight, s->c->hidden, s->c->norm_eps, normed);
-    m->kernels->quantize(normed, row, &m->work.a);
+    quantize(s, row, normed);
 }
 
 static void attn_norm_row(struct step *s, int row, int worker) {
@@ -96,7 +103,7 @@ static void final_norm_row(struct step *s, int row, int worker) {
 static void quantize_mixed_row(struct step *s, int row, int worker) {
     native_model *m = s->model;
     (void)worker;
-    m->kernels->quantize(m->work.mixed + (size_t)row * s->c->num_heads * s->c->head_dim, row, &m->work.a);
+    quantize(s, row, m->work.mixed + (size_t)row * s->c->num_heads * s->c->head_dim);
 }
 
 static void activate_row(struct step *s, int row, int worker) {
@@ -104,7 +111,7 @@ static void activate_row(struct step *s, int row, int worker) {
     float *gate = m->work.y + (size_t)row * m->work.wide;
     (void)worker;
     m->kernels->activate(s->c->activation, gate, gate + s->c->ffn, s->c->ffn);
-    m->kernels->quantize(gate, row, &m->work.a);
+    quantize(s, row, gate);
 }
 
 /* x += norm(y), for models that norm what a block gives before adding it. */
@@ -191,7 +198,8 @@ static void run_product_item(void *argument, int item, int worker) {
     for (int i = 0, base = 0; i < job->count; base += job->products[i++].w->panels) {
         int low = first > base ? first - base : 0, high = last - base, panels = job->products[i].w->panels;
         if (high > panels) high = panels;
-        if (low < high) job->s->model->kernels->multiply(&job->products[i], low, high);
+        const struct kernels *kernels = job->s->model->kernels;
+        if (low < high) (job->products[i].w->planes ? kernels->multiply_planes : kernels->multiply)(&job->products[i], low, high);
     }
 }
 
@@ -210,8 +218,10 @@ static void multiply(struct step *s, int count, const struct matrix *const *w, f
     pool_run(s->model->pool, run_product_item, &job, (job.panels + job.per_item - 1) / job.per_item);
 }
 
-/* Activations that are filled next have this width. */
-static void set_inputs(struct step *s, int inputs) {
+/* Activations that are filled next have this width and are read by these matrices. */
+static void set_inputs(struct step *s, int inputs, const struct matrix *first, int count) {
+    s->groups_of_32 = s->planes = 0;
+    for (const struct matrix *w = first; w < first + count; w++) *(w->planes ? &s->planes : &s->groups_of_32) = 1;
     s->model->work.a.inputs = inputs;
     s->model->work.a.groups = inputs / GROUP;
 }
@@ -286,7 +296,7 @@ static void attention_block(struct step *s) {
     const struct native_config *c = s->c;
     const struct matrix *w = s->layer->matrices;
     int q_size = c->num_heads * c->head_dim, kv_size = c->num_kv_heads * c->head_dim, last = s->index == c->num_layers - 1;
-    set_inputs(s, c->hidden);
+    set_inputs(s, c->hidden, &w[NATIVE_Q], 3);
     each_row(s, attn_norm_row, s->rows);
     end_phase(s, NATIVE_PHASE_NORM);
     float *y = m->work.y;
@@ -300,7 +310,7 @@ static void attention_block(struct step *s) {
     if (last) keep_outputs(s);
     if (s->rows == 0) return; /* a step without outputs ends here */
     end_phase(s, NATIVE_PHASE_ATTENTION);
-    set_inputs(s, q_size);
+    set_inputs(s, q_size, &w[NATIVE_O], 1);
     each_row(s, quantize_mixed_row, s->rows);
     float *to = c->post_norms ? y : m->work.x;
     multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_O]}, &to, c->post_norms ? m->work.wide : (size_t)c->hidden,
@@ -314,13 +324,13 @@ static void ffn_block(struct step *s) {
     const struct native_config *c = s->c;
     const struct matrix *w = s->layer->matrices;
     float *y = m->work.y, *to = c->post_norms ? y : m->work.x;
-    set_inputs(s, c->hidden);
+    set_inputs(s, c->hidden, &w[NATIVE_GATE], 2);
     each_row(s, ffn_norm_row, s->rows);
     end_phase(s, NATIVE_PHASE_NORM);
     multiply(s, 2, (const struct matrix *const[]){&w[NATIVE_GATE], &w[NATIVE_UP]}, (float *const[]){y, y + c->ffn},
              m->work.wide, s->rows, 0);
     end_phase(s, NATIVE_PHASE_GATE_UP);
-    set_inputs(s, c->ffn);
+    set_inputs(s, c->ffn, &w[NATIVE_DOWN], 1);
     each_row(s, activate_row, s->rows);
     end_phase(s, NATIVE_PHASE_ACTIVATION);
     multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_DOWN]}, &to, c->post_norms ? m->work.wide : (size_t)c->hidden,
@@ -350,16 +360,13 @@ static void give_outputs(struct step *s) {
     native_model *m = s->model;
     struct activations all = m->work.a;
     float *logits = m->work.logits;
-    set_inputs(s, s->c->hidden);
+    set_inputs(s, s->c->hidden, m->head, 1);
     each_row(s, final_norm_row, s->rows);
     all.inputs = m->work.a.inputs;
     all.groups = m->work.a.groups;
     for (s->first_output = 0; s->first_output < s->rows; s->first_output += LOGIT_ROWS) {
         s->outputs = s->rows - s->first_output < LOGIT_ROWS ? s->rows - s->first_output : LOGIT_ROWS;
-        m->work.a = all;
-        m->work.a.a += (size_t)s->first_output * all.inputs;
-        m->work.a.scale += (size_t)s->first_output * all.groups;
-        m->work.a.sum += (size_t)s->first_output * all.groups;
+        m->work.a = activations_from(all, s->first_output);
         multiply(s, 1, &m->head, &logits, m->work.logit_stride, s->outputs, 0);
         end_phase(s, NATIVE_PHASE_HEAD);
         if (s->logits_out != NULL)

@@ -3,6 +3,8 @@
 
 void KERNEL(multiply)(const struct product *, int, int);
 void KERNEL(quantize)(const float *, int, const struct activations *);
+void KERNEL(multiply_planes)(const struct product *, int, int);
+void KERNEL(quantize_planes)(const float *, int, const struct activations *);
 void KERNEL(norm)(const float *, const float *, int, float, float *);
 void KERNEL(rope)(float *, const float *, const float *, int, float);
 void KERNEL(activate)(int, float *, const float *, int);
@@ -18,6 +20,8 @@ const struct kernels KERNEL(kernels) = {
     .name = TEXT_OF(MEGALITH_ISA),
     .multiply = KERNEL(multiply),
     .quantize = KERNEL(quantize),
+    .multiply_planes = KERNEL(multiply_planes),
+    .quantize_planes = KERNEL(quantize_planes),
     .norm = KERNEL(norm),
     .rope = KERNEL(rope),
     .activate = KERNEL(activate),

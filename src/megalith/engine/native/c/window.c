@@ -19,7 +19,8 @@ int32_t native_attach(native_model *model, int32_t layer, int32_t tensor, int32_
         is_top(tensor) != (layer == -1))
         return fail(model->message, NATIVE_BAD_ARGUMENT, "no matrix %d in layer %d", tensor, layer);
     expected_shape(&model->config, tensor, &outputs, &inputs);
-    if (bad_shape(format, outputs, inputs) || offset < 0 || offset % 64)
+    if (bad_shape(format, outputs, inputs) || offset < 0 || offset % 64 ||
+        (format_table[format].planes > 0 && model->config.activation_bits == 0))
         return fail(model->message, NATIVE_BAD_ARGUMENT, "matrix %d of layer %d cannot be attached with format %d at %lld",
                     tensor, layer, format, (long long)offset);
     matrix_describe(matrix_slot(model, layer, tensor), format, outputs, inputs);

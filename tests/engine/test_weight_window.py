@@ -16,7 +16,7 @@ from megalith.engine.native import build
 from megalith.engine.native_runner import NativeRunner
 from megalith.engine.packed_file import PackedFile, ensure_packed
 from megalith.engine.weight_window import WeightWindow
-from megalith.policy.weight_window import lay_out
+from megalith.policy.weight_window import lay_out, least_bytes
 from megalith.specs.model import ModelSpec
 from megalith.tier.disk import DirectFile
 from megalith.tier.memory import HUGE_PAGE_BYTES
@@ -24,13 +24,14 @@ from tests.engine.native_models import SPECS, RandomCheckpoint, batch_of, llama
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C compiler")
 KIB, MIB = 1 << 10, 1 << 20
+PIECE = 12 * KIB
 DEEP = llama(num_layers=6)
 SIZES = {"block_tokens": 16, "num_blocks": 12, "num_host_blocks": 0, "max_rows": 64, "threads": 1}
 
 
 def windowed(spec: ModelSpec, path: Path, budget: int, kind: str = "Q8_0") -> NativeRunner:
     weights = RandomCheckpoint(spec, kind)
-    ensure_packed(path, spec, weights)  # type: ignore[arg-type]
+    ensure_packed(path, spec, weights, piece_bytes=PIECE)  # type: ignore[arg-type]
     window = WeightWindow(PackedFile(path), spec, budget, page_bytes=4096)
     return NativeRunner(spec, weights, window=window, **SIZES)  # type: ignore[arg-type]
 
@@ -66,17 +67,25 @@ def test_everything_stays_where_it_fits(tmp_path: Path) -> None:
 
 def test_layouts_keep_to_the_budget() -> None:
     rng = np.random.default_rng(1)
-    for _ in range(200):
-        sizes = [int(size) for size in rng.integers(1, 30 * MIB, int(rng.integers(3, 40)))]
-        budget = int(rng.integers(1, sum(sizes)))
+    for _ in range(300):
+        sizes = [int(size) for size in rng.integers(1, 30 * MIB, int(rng.integers(1, 40)))]
+        head, budget = int(rng.integers(0, len(sizes))), int(rng.integers(1, sum(sizes) + 1))
         try:
-            layout = lay_out(sizes, budget, HUGE_PAGE_BYTES)
+            layout = lay_out(sizes, head, budget, HUGE_PAGE_BYTES)
         except DoesNotFit:
-            assert budget < 3 * (max(sizes) + 2 * MIB)
+            assert budget < least_bytes(sizes, HUGE_PAGE_BYTES)
             continue
         assert layout.num_bytes <= budget
         assert sorted((*layout.pinned, *layout.streamed)) == list(range(len(sizes)))
         assert all(sizes[piece] <= layout.slot_bytes for piece in layout.streamed)
+        assert len(layout.streamed) >= layout.slots
+
+
+def test_the_head_stays_first() -> None:
+    layout = lay_out([8 * MIB] * 100, 90, 300 * MIB, HUGE_PAGE_BYTES)
+    assert layout.slots == 8
+    assert set(range(90, 100)) < set(layout.pinned)
+    assert layout.num_bytes >= 296 * MIB
 
 
 def test_a_truncated_file_is_refused_with_numbers(tmp_path: Path) -> None:
@@ -94,7 +103,7 @@ def test_a_corrupted_piece_fails_its_step_by_name_and_other_kv_survives(tmp_path
     expected.logits(first)
     wanted = expected.logits(second)
     expected.close()
-    runner = windowed(DEEP, path, 170 * KIB)
+    runner = windowed(DEEP, path, 90 * KIB)
     assert runner.window is not None
     packed = runner.window._packed
     runner.logits(first)
@@ -136,7 +145,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch:
 
 
 def test_closing_while_reads_are_under_way_is_quick_and_idempotent(tmp_path: Path) -> None:
-    runner = windowed(DEEP, tmp_path / "p", 170 * KIB)
+    runner = windowed(DEEP, tmp_path / "p", 90 * KIB)
     assert runner.window is not None
     runner.close()
     runner.close()

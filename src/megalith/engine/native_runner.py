@@ -184,7 +184,8 @@ def _attach_weights(model: binding.NativeModel, checkpoint: Checkpoint, window: 
         found = checkpoint.tensor(name)
         model.load(-1 if top else int(parts[1]), part, "F32", found.float32(), found.shape)
     for matrix in window.matrices:
-        model.attach(matrix.layer, matrix.tensor, matrix.format, matrix.offset)
+        for span in matrix.spans:
+            model.attach(matrix.layer, matrix.tensor, matrix.format, span.piece, span.first_panel, span.offset)
     model.set_window(window)
     model.ready()
 

@@ -21,7 +21,7 @@ from megalith.plan.explain import plan_text
 from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
-from megalith.policy.weight_window import lay_out, least_bytes
+from megalith.policy.weight_window import lay_out, least_bytes, piece_limit
 from megalith.specs.plan import ServePlan
 from megalith.tier.memory import HUGE_PAGE_BYTES
 
@@ -134,7 +134,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
     """
     if request.spec.num_experts:
         return None
-    sizes = piece_bytes(request.spec, request.weights)
+    sizes, head = piece_bytes(request.weights, piece_limit(request.weights.total))
     least = least_bytes(sizes, HUGE_PAGE_BYTES)
     empty = _with(request, window_bytes=least, num_host_blocks=config.num_host_blocks or 0)
     room = blocks_that_fit(empty)
@@ -149,7 +149,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
     left = int((request.limit_bytes - need_bytes(empty, blocks)[1]) / 1.02)
     if left < least:
         return None
-    layout = lay_out(sizes, left, HUGE_PAGE_BYTES)
+    layout = lay_out(sizes, head, left, HUGE_PAGE_BYTES)
     streamed = sum(sizes[piece] for piece in layout.streamed)
     return msgspec.structs.replace(empty, window_bytes=left if streamed else layout.num_bytes, stream_bytes=streamed)
 

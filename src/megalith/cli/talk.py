@@ -54,11 +54,17 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         beside = ""
         if predicted is not None:
-            beside = f" (predicted {predicted.value:,.0f} [{predicted.low:,.0f}, {predicted.high:,.0f}])"
+            low, high = _rate(predicted.low), _rate(predicted.high)
+            beside = f" (predicted {_rate(predicted.value)} [{low}, {high}])"
         return (
             f"{self.prompt_tokens} tokens in{cached}, {self.completion_tokens} out, "
-            f"first after {format_duration(self.ttft_ns)}, {self.rate:,.0f} tok/s{beside}"
+            f"first after {format_duration(self.ttft_ns)}, {_rate(self.rate)} tok/s{beside}"
         )
+
+
+def _rate(per_s: float) -> str:
+    """Whole tokens a second, and more digits of what is slow."""
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.3g}"
 
 
 def rates(answer: Answer, partner: Partner) -> dict[str, Any]:
@@ -169,9 +175,11 @@ class LocalPartner:
         return self._built
 
     async def close(self) -> None:
-        """Stop the step loop."""
+        """Stop the step loop; say how weights streamed, where they did."""
         if self._built is not None:
             await self._built.engine.stop()
+            if streamed := self._built.streamed():
+                say(streamed)
 
 
 class EndpointPartner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from megalith.base.config import Config
 from megalith.base.units import NS_PER_S
 from megalith.cost.compute import CostModel, StepCost, StepShape
 from megalith.cost.memory import WeightBytes
@@ -18,10 +19,19 @@ ASSUMED_DISK_BYTES_PER_S = 1e9
 """Of a disk that was not measured: a slow NVMe drive."""
 
 
-def disk_bytes_per_s(profile: Profile) -> tuple[float, str]:
-    """(rate, where it comes from): what `probe` measured, else an assumption."""
+class DiskRate(Config, kw_only=True):
+    """What a disk gives to several direct readers at once, and where the figure comes from."""
+
+    bytes_per_s: float
+    source: str
+
+
+def disk_rate(profile: Profile) -> DiskRate:
+    """What `probe` measured, else an assumption."""
     measured = profile.raw.get("disk_sequential_read_bytes_per_s")
-    return (measured, "measured by probe") if measured else (ASSUMED_DISK_BYTES_PER_S, "assumed; `probe` measures it")
+    if measured:
+        return DiskRate(bytes_per_s=measured, source="measured by probe")
+    return DiskRate(bytes_per_s=ASSUMED_DISK_BYTES_PER_S, source="assumed; `probe` measures it")
 
 
 def piece_bytes(weights: WeightBytes, limit_bytes: int) -> tuple[list[int], int]:

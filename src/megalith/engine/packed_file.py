@@ -2,12 +2,13 @@
 
 Layout: 4 KiB of header, then pieces of a few MiB, each at a multiple of 4 KiB, then the index as JSON. Matrices follow
 each other in the order in which a step uses them, cut into spans of whole panels where a piece is full; the head, and
-an embedding of its own, begin new pieces. The header is written last and the file is renamed when it is on the disk: there
-is never half of one under its name. Packing holds one piece at a time. Knows nothing about steps.
+an embedding of its own, begin new pieces. The header is written last and the file is renamed when it is on the disk:
+there is never half of one under its name. Packing holds one piece at a time. Knows nothing about steps.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import struct
@@ -96,6 +97,10 @@ class Index(Config, kw_only=True):
 class Weights(Protocol):
     """What of a Checkpoint is needed."""
 
+    def forget(self) -> None:
+        """Let go of what was read so far."""
+        ...
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of a canonical name."""
         ...
@@ -116,7 +121,23 @@ def packed_path(source: Path) -> Path:
     for part in parts:
         status = part.stat()
         digest.update(repr((str(part.resolve()), status.st_size, status.st_mtime_ns)).encode())
-    return home_dir() / "packed" / f"{source.stem}-{digest.hexdigest()[:16]}.panels"
+    return home_dir() / "packed" / f"{source.stem}-{_place(source)}-{digest.hexdigest()[:16]}.panels"
+
+
+def _place(source: Path) -> str:
+    """Tells models of one name in several folders apart; stays the same when the model's file changes."""
+    return hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+
+
+def remove_outdated(path: Path) -> list[Path]:
+    """Remove what was packed of the same model before its file, or the layout, changed. Gives what went."""
+    begin = path.name.rsplit("-", 1)[0]
+    gone = []
+    for old in sorted(path.parent.glob(f"{glob.escape(begin)}-{'?' * 16}.panels")):
+        if old != path:
+            old.unlink(missing_ok=True)  # Who has it open reads on.
+            gone.append(old)
+    return gone
 
 
 def matrices_of(spec: ModelSpec) -> list[tuple[int, str, str]]:
@@ -145,6 +166,7 @@ def ensure_packed(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_outdated(path)
     size = packed_size(spec, weights)
     needed = size + size // 100 + MIB
     free = shutil.disk_usage(path.parent).free
@@ -175,7 +197,7 @@ def _pack(packer: _Packer, spec: ModelSpec, weights: Weights, progress: Progress
             if tensor == "head" or spec.tied_embeddings:
                 first_head = packer.count
         found = weights.tensor(name)
-        matrices.append(packer.add(layer, tensor, name, found, getattr(weights, "forget", None)))
+        matrices.append(packer.add(layer, tensor, name, found, weights.forget))
         if layer == -1 and not used:
             packer.end_piece()
             used = packer.count
@@ -210,7 +232,7 @@ class _Packer:
         """Pieces that are complete."""
         return len(self.pieces)
 
-    def add(self, layer: int, tensor: str, name: str, found: Tensor, forget: Callable[[], None] | None) -> Matrix:
+    def add(self, layer: int, tensor: str, name: str, found: Tensor, forget: Callable[[], None]) -> Matrix:
         """A matrix, in as many spans as it takes."""
         outputs, inputs = found.shape
         panel_bytes, spans, row = single.packed_bytes(self._library, found.format, PANEL, inputs), [], 0
@@ -229,8 +251,7 @@ class _Packer:
             spans.append(Span(piece=self.count, first_panel=row // PANEL, offset=begin))
             self._name = self._name or name.removesuffix(".weight")
             self._at, row = end, row + raw.shape[0]
-            if forget is not None:
-                forget()
+            forget()
         return Matrix(
             layer=layer, tensor=tensor, format=found.format, inputs=inputs, panel_bytes=panel_bytes, spans=tuple(spans)
         )

@@ -58,7 +58,7 @@ def lay_out(sizes: Sequence[int], head: int, budget_bytes: int, page_bytes: int)
             f"largest piece), and {format_bytes(budget_bytes)} are left for it.",
             f"Raise the limit by {format_bytes(least - budget_bytes)}.",
         )
-    pinned, left = [], budget_bytes - _whole(slots * max(sizes), page_bytes)
+    pinned, left = list[int](), budget_bytes - _whole(slots * max(sizes), page_bytes)
     left -= left % page_bytes
     for piece in (*range(head, len(sizes)), *spread):
         if sizes[piece] <= left and len(pinned) < len(sizes) - slots:

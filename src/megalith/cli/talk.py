@@ -69,7 +69,8 @@ def _rate(per_s: float) -> str:
 
 def rates(answer: Answer, partner: Partner) -> dict[str, Any]:
     """Measured and predicted rate side by side, for `--json`."""
-    return {"measured_tokens_per_s": answer.rate, "predicted_tokens_per_s": partner.predicted}
+    found = {"measured_tokens_per_s": answer.rate, "predicted_tokens_per_s": partner.predicted}
+    return found | ({"streamed": partner.streamed} if partner.streamed else {})
 
 
 class Partner(Protocol):
@@ -78,6 +79,11 @@ class Partner(Protocol):
     name: str
     predicted: Estimate | None
     """Tokens a second that the plan promises one conversation; None where there is no plan."""
+
+    @property
+    def streamed(self) -> dict[str, float]:
+        """What streaming weights took so far; empty where they stay."""
+        ...
 
     def load(self) -> None:
         """The slow part of getting ready. Not a coroutine, so that Ctrl-C ends it at once."""
@@ -108,6 +114,11 @@ class LocalPartner:
         self.predicted: Estimate | None = None
         self._config = config
         self._built: BuiltEngine | None = None
+
+    @property
+    def streamed(self) -> dict[str, float]:
+        """As Partner says."""
+        return {} if self._built is None else self._built.streamed_facts()
 
     def load(self) -> None:
         """Print the plan and load the model."""
@@ -184,6 +195,11 @@ class LocalPartner:
 
 class EndpointPartner:
     """A model behind an OpenAI-compatible endpoint. `model` None: the first that it lists."""
+
+    @property
+    def streamed(self) -> dict[str, float]:
+        """Nobody says."""
+        return {}
 
     def __init__(self, url: str, model: str | None, api_key: str | None = None) -> None:
         from megalith.serve.load_http import HttpClient, parse_endpoint

@@ -78,6 +78,17 @@ class BuiltEngine:
     why: str
     """Which runner, and why not the native one where that was not chosen."""
 
+    def streamed_facts(self) -> dict[str, float]:
+        """The same for programs: bytes of a step, decode steps, and their mean time, measured and predicted."""
+        window = getattr(self.runner, "window", None)
+        if window is None or not window.decode_steps:
+            return {}
+        return {
+            "step_bytes": window.step_bytes, "decode_steps": window.decode_steps,
+            "measured_step_ns": window.decode_ns / window.decode_steps,
+            "predicted_step_ns": self.fit.plan.points[0].tpot_ns.value, "wait_ns": window.wait_ns,
+        }  # fmt: skip
+
     def streamed(self) -> str:
         """What streaming weights took and was predicted to take, for the end of a verb; empty where nothing did."""
         window = getattr(self.runner, "window", None)

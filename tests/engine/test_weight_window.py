@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import re
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from megalith.base.errors import DoesNotFit, StepFailed, TierError
 from megalith.engine import packed_file
+from megalith.engine.api import Delta, EngineConfig
+from megalith.engine.launch import BuiltEngine, build_engine
 from megalith.engine.native import build
 from megalith.engine.native_runner import NativeRunner
-from megalith.engine.packed_file import PackedFile, ensure_packed
+from megalith.engine.packed_file import PackedFile, ensure_packed, packed_path
+from megalith.engine.params import SamplingParams
+from megalith.engine.service import merge
 from megalith.engine.weight_window import WeightWindow
 from megalith.policy.weight_window import lay_out, least_bytes
 from megalith.specs.model import ModelSpec
@@ -144,8 +155,77 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         ensure_packed(tmp_path / "p", DEEP, RandomCheckpoint(DEEP))
 
 
-def test_closing_while_reads_are_under_way_is_quick_and_idempotent(tmp_path: Path) -> None:
+def test_a_streamed_head_gives_the_bits_of_memory_to_more_outputs_than_one_pass_has(tmp_path: Path) -> None:
+    spec = llama(num_layers=2, vocab=3000)  # the head is most of the model
+    with_all = NativeRunner(spec, RandomCheckpoint(spec), **SIZES)  # type: ignore[arg-type]
+    streaming = windowed(spec, tmp_path / "p", 150 * KIB)
+    assert streaming.window is not None
+    head = range(streaming.window._packed.index.head, len(streaming.window.sizes))
+    assert len(set(head) & set(streaming.window.layout.streamed)) > 10
+    for batch in (prompt(spec, 40), prompt(spec, 1, 40)):
+        np.testing.assert_array_equal(streaming.logits(batch), with_all.logits(batch))
+    streaming.close()
+    with_all.close()
+
+
+def test_closing_during_a_read_waits_for_it_and_is_idempotent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = windowed(DEEP, tmp_path / "p", 90 * KIB)
     assert runner.window is not None
+    reading, ended, read = threading.Event(), threading.Event(), DirectFile.read_into
+
+    def slow(self: DirectFile, offset: int, view: memoryview) -> None:
+        reading.set()
+        time.sleep(0.3)
+        read(self, offset, view)
+        ended.set()
+
+    monkeypatch.setattr(DirectFile, "read_into", slow)
+    runner.window._prime(0)
+    assert reading.wait(10)
     runner.close()
+    assert ended.is_set()  # it never writes into memory that was given back
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mover")]
     runner.close()
+
+
+def test_what_was_packed_of_a_file_that_changed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALITH_HOME", str(tmp_path / "home"))
+    source, other = tmp_path / "a.gguf", tmp_path / "b" / "a.gguf"
+    other.parent.mkdir()
+    for path in (source, other):
+        path.write_bytes(b"1")
+        ensure_packed(packed_path(path), DEEP, RandomCheckpoint(DEEP))
+    source.write_bytes(b"22")
+    new = ensure_packed(packed_path(source), DEEP, RandomCheckpoint(DEEP))
+    assert sorted(new.parent.iterdir()) == sorted([new, packed_path(other)])
+
+
+def test_a_real_model_streams_the_words_of_memory_and_a_cancelled_request_harms_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGALITH_HOME", str(tmp_path))
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+    async def answers(settings: EngineConfig) -> tuple[str, BuiltEngine]:
+        built = build_engine(settings)
+        await built.engine.start()
+        ids = built.model.tokenizer.encode("The capital of France is")
+        try:
+            async with aclosing(built.engine.generate(ids[:-1], replace(params, max_tokens=200))) as cancelled:
+                await anext(cancelled)
+                asked = asyncio.ensure_future(collect(built.engine.generate(ids, params)))
+                await anext(cancelled)
+            return await asyncio.wait_for(asked, 60), built
+        finally:
+            await built.engine.stop()
+
+    async def collect(stream: AsyncIterator[Delta]) -> str:
+        return merge([delta async for delta in stream]).text
+
+    small = EngineConfig(model="smollm2", memory_bytes=150 * MIB, max_context=512, threads=1, max_sequences=2)
+    streamed, built = asyncio.run(answers(small))
+    assert built.fit.window_bytes is not None
+    assert built.fit.plan.need_bytes <= 150 * MIB
+    assert re.search(r"decode steps of .* \(measured; .* predicted", built.streamed())
+    assert built.streamed_facts()["step_bytes"] > 10 * MIB
+    assert asyncio.run(answers(replace(small, memory_bytes=1 << 30)))[0] == streamed

@@ -68,7 +68,8 @@ async def measured(options: argparse.Namespace, batch: int) -> dict[str, Any]:
         last: Delta | None = None
         async for delta in built.engine.generate([100 + number, 200, 300, 400][:PROMPT], params):
             last = delta
-        assert last is not None and last.finish_reason == "length", last
+        assert last is not None
+        assert last.finish_reason == "length", last
         return last.completion_tokens
 
     try:

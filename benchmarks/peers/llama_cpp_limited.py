@@ -1,6 +1,6 @@
 """llama.cpp in one process that may run inside a memory limit: reads the file through mmap, generates, writes a figure.
 
-    python llama_cpp_limited.py MODEL.gguf OUT.json PROMPT TOKENS THREADS
+    python llama_cpp_limited.py MODEL.gguf OUT.json PROMPT TOKENS THREADS CONTEXT
 
 Run with an interpreter that has the `xllamacpp` wheel. Imports nothing of Megalith.
 """
@@ -17,11 +17,11 @@ def main() -> None:
     """Answer one prompt, greedily, without a warm-up and with a small KV cache."""
     import xllamacpp
 
-    model, out, prompt, tokens, threads = sys.argv[1:]
+    model, out, prompt, tokens, threads, context = sys.argv[1:]
     params: Any = xllamacpp.CommonParams()
     params.model.path = model
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = 512, 64, 64, 1
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = int(context), 64, 64, 1
     params.warmup, params.fit_params, params.cache_ram_mib = False, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     answer: Any = xllamacpp.Server(params).handle_completions(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,13 @@ def test_an_interrupted_local_answer_leaves_quietly() -> None:
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert len(out) < 20_000
+
+
+def test_complete_within_a_limit_smaller_than_the_model_streams_it(tmp_path: Path) -> None:
+    words = ("complete", "smollm2", "The capital of France is", "--json", "-n", "5", "--threads", "1")
+    done = megalith(*words, "--memory", "150MiB", MEGALITH_HOME=str(tmp_path), timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["answer"]["text"].startswith(" Paris")
+    assert found["streamed"]["step_bytes"] > 10 << 20
+    assert found["streamed"]["decode_steps"] == 4

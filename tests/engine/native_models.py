@@ -71,6 +71,9 @@ class RandomCheckpoint:
     def stored_format(self, name: str) -> str:
         return self.tensors[name].format
 
+    def forget(self, *, cached: bool = True) -> None:
+        """There is no file."""
+
     def formats(self) -> dict[str, int]:
         return {t.format: 1 for t in self.tensors.values()}
 

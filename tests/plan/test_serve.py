@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,10 +14,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from megalith.base.errors import ConfigError, DoesNotFit
+from megalith.cli import main
 from megalith.cost.memory import blocks_for, weight_bytes
 from megalith.cost.profile import from_device
+from megalith.cost.streaming import DiskRate
 from megalith.engine.api import EngineConfig
 from megalith.plan import fit, machine
 from megalith.plan.fit import check_fits
@@ -188,6 +192,61 @@ def test_check_fits_never_passes_its_limit(mib: int, context: int, sequences: in
         return
     assert found.plan.need_bytes <= mib * MIB
     assert found.num_blocks >= blocks_for(context, 16)
+
+
+def llama_7b() -> PlannedModel:
+    spec = catalog.model("llama-2-7b")
+    return PlannedModel("7b", spec, weight_bytes_by_part(spec, "q4_1"), "a test")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(150, 6000), st.sampled_from([None, 64, 512]), st.integers(1, 64))
+def test_check_fits_with_a_window_never_passes_its_limit(mib: int, context: int | None, sequences: int) -> None:
+    config = EngineConfig(model="7b", memory_bytes=mib * MIB, max_context=context, max_sequences=sequences)
+    try:
+        found = check_fits(config, model=llama_7b())
+    except DoesNotFit:
+        assert mib < 1024
+        return
+    assert found.plan.need_bytes <= mib * MIB
+    assert found.num_blocks >= blocks_for(context or fit.SMALLEST_CONTEXT, 16)
+    assert (found.window_bytes is not None) == ("a step reads" in found.text)
+
+
+def test_a_window_reads_less_where_it_may_hold_more_and_says_its_rate() -> None:
+    disk = DiskRate(bytes_per_s=2e9, source="measured at start")
+    steps = []
+    for limit in (512 * MIB, GIB, 2 * GIB):
+        config = EngineConfig(model="7b", memory_bytes=limit, max_context=256, max_sequences=1)
+        found = check_fits(config, model=llama_7b(), disk=disk)
+        steps.append(found.plan.points[0].tpot_ns.value)
+        assert "measured at start" in found.text
+        assert {1, 4, 16, 64} <= {point.batch for point in found.plan.points}
+    assert steps[0] > steps[1] > steps[2]
+    assert steps[0] >= 3.4e9 / 2e9 * 1e9
+
+
+def test_the_refusal_of_a_window_names_the_least_that_works() -> None:
+    config = EngineConfig(model="7b", memory_bytes=200 * MIB, max_context=256)
+    with pytest.raises(DoesNotFit, match=r"(\d+)\.00 MiB, the least with weights that stream") as refused:
+        check_fits(config, model=llama_7b())
+    least = re.search(r"(\d+)\.00 MiB, the least", str(refused.value))
+    assert least is not None
+    found = check_fits(replace(config, memory_bytes=int(least[1]) * MIB), model=llama_7b())
+    assert found.window_bytes is not None
+
+
+def test_plan_serve_offers_the_window_where_the_weights_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["plan", "serve", "smollm2", "--memory", "150MiB", "--json"]) == 0
+    plan = msgspec.json.decode(capsys.readouterr().out, type=ServePlan)
+    assert not plan.fits
+    assert plan.window is not None
+    assert plan.window.fits
+    assert plan.window.need_bytes <= 150 * MIB
+    assert any("a step reads" in note for note in plan.window.notes)
+    assert any("stream from disk" in remedy.change for remedy in plan.remedies)
+    assert main.run(["plan", "serve", "smollm2", "--memory", "150MiB"]) == 0
+    assert "With weights that stream from disk" in capsys.readouterr().out
 
 
 def test_native_packing_of_the_shipped_file() -> None:

@@ -47,6 +47,8 @@ class Where:
     """auto, native, bf16 or float32. [default: auto]"""
     memory: str | None = None
     """Hard limit for weights and KV, such as 4GiB."""
+    context: int | None = None
+    """Longest prompt + output in tokens; by default the model's own, or what the limit leaves room for."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
     activation_bits: int | None = None
@@ -56,8 +58,8 @@ class Where:
 
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
-        settings = {"device": self.device, "mode": self.mode, "threads": self.threads}
-        settings["attention"] = self.attention
+        settings: dict[str, Any] = {"device": self.device, "mode": self.mode, "threads": self.threads}
+        settings |= {"attention": self.attention, "max_context": self.context}
         settings["activation_bits"] = self.activation_bits
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):

@@ -83,12 +83,30 @@ def serve(model: str, question: Question | None = None, *, json: JsonFlag = Fals
     """Print the plan of serving MODEL; exit code 1 when it does not fit."""
     from megalith.plan.serve import plan_serve
 
-    plan = plan_serve(_request(model, question or Question()))
+    question = question or Question()
+    request = _request(model, question)
+    plan = plan_serve(request)
+    if not plan.fits and question.device == "here":
+        plan = _with_window(plan, request, may_shorten=question.context is None)
     if json:
         print_json(plan)
     else:
         _print(plan)
-    return 0 if plan.fits else 1
+    return 0 if plan.fits or plan.window is not None else 1
+
+
+def _with_window(plan: ServePlan, request: ServeRequest, *, may_shorten: bool) -> ServePlan:
+    """The plan with that of streamed weights, where the limit leaves room for it; with a context of 256 if need be."""
+    import msgspec
+
+    from megalith.plan.request import SMALLEST_CONTEXT
+    from megalith.plan.serve import plan_serve
+    from megalith.plan.window import streaming
+
+    streamed = streaming(request)
+    if streamed is None and may_shorten and request.context > SMALLEST_CONTEXT:
+        streamed = streaming(msgspec.structs.replace(request, context=SMALLEST_CONTEXT))
+    return plan if streamed is None else msgspec.structs.replace(plan, window=plan_serve(streamed))
 
 
 def _request(model: str, question: Question) -> ServeRequest:
@@ -130,4 +148,9 @@ def _print(plan: ServePlan) -> None:
     console.print(explain.memory_table(plan).to_rich())
     if plan.remedies:
         console.print(explain.remedy_table(plan).to_rich())
-    console.print(explain.speed_table(plan).to_rich())
+    if plan.window is None:
+        console.print(explain.speed_table(plan).to_rich())
+        return
+    console.print()
+    console.print("With weights that stream from disk in every step:", soft_wrap=True)
+    _print(plan.window)

@@ -178,7 +178,10 @@ def _serve(recipe: ServeRecipe, begin_ns: int, *, as_json: bool) -> int:
             _announce(url, name, time.monotonic_ns() - begin_ns, as_json=as_json)
             _tell(recipe, ready=True)
 
-        return run_server(build_app(built.engine, built.model, recipe.server), recipe.server, sock, on_ready)
+        code = run_server(build_app(built.engine, built.model, recipe.server), recipe.server, sock, on_ready)
+        if streamed := built.streamed():
+            print(streamed, file=sys.stderr, flush=True)
+        return code
 
 
 def _load(recipe: ServeRecipe) -> BuiltEngine:

@@ -54,16 +54,23 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         beside = ""
         if predicted is not None:
-            beside = f" (predicted {predicted.value:,.0f} [{predicted.low:,.0f}, {predicted.high:,.0f}])"
+            low, high = _rate(predicted.low), _rate(predicted.high)
+            beside = f" (predicted {_rate(predicted.value)} [{low}, {high}])"
         return (
             f"{self.prompt_tokens} tokens in{cached}, {self.completion_tokens} out, "
-            f"first after {format_duration(self.ttft_ns)}, {self.rate:,.0f} tok/s{beside}"
+            f"first after {format_duration(self.ttft_ns)}, {_rate(self.rate)} tok/s{beside}"
         )
+
+
+def _rate(per_s: float) -> str:
+    """Whole tokens a second, and more digits of what is slow."""
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.3g}"
 
 
 def rates(answer: Answer, partner: Partner) -> dict[str, Any]:
     """Measured and predicted rate side by side, for `--json`."""
-    return {"measured_tokens_per_s": answer.rate, "predicted_tokens_per_s": partner.predicted}
+    found = {"measured_tokens_per_s": answer.rate, "predicted_tokens_per_s": partner.predicted}
+    return found | ({"streamed": partner.streamed} if partner.streamed else {})
 
 
 class Partner(Protocol):
@@ -72,6 +79,11 @@ class Partner(Protocol):
     name: str
     predicted: Estimate | None
     """Tokens a second that the plan promises one conversation; None where there is no plan."""
+
+    @property
+    def streamed(self) -> dict[str, float]:
+        """What streaming weights took so far; empty where they stay."""
+        ...
 
     def load(self) -> None:
         """The slow part of getting ready. Not a coroutine, so that Ctrl-C ends it at once."""
@@ -102,6 +114,11 @@ class LocalPartner:
         self.predicted: Estimate | None = None
         self._config = config
         self._built: BuiltEngine | None = None
+
+    @property
+    def streamed(self) -> dict[str, float]:
+        """As Partner says."""
+        return {} if self._built is None else self._built.streamed_facts()
 
     def load(self) -> None:
         """Print the plan and load the model."""
@@ -169,13 +186,20 @@ class LocalPartner:
         return self._built
 
     async def close(self) -> None:
-        """Stop the step loop."""
+        """Stop the step loop; say how weights streamed, where they did."""
         if self._built is not None:
             await self._built.engine.stop()
+            if streamed := self._built.streamed():
+                say(streamed)
 
 
 class EndpointPartner:
     """A model behind an OpenAI-compatible endpoint. `model` None: the first that it lists."""
+
+    @property
+    def streamed(self) -> dict[str, float]:
+        """Nobody says."""
+        return {}
 
     def __init__(self, url: str, model: str | None, api_key: str | None = None) -> None:
         from megalith.serve.load_http import HttpClient, parse_endpoint

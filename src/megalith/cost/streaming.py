@@ -9,29 +9,38 @@ from __future__ import annotations
 
 import msgspec
 
+from megalith.base.config import Config
 from megalith.base.units import NS_PER_S
 from megalith.cost.compute import CostModel, StepCost, StepShape
 from megalith.cost.memory import WeightBytes
 from megalith.cost.profile import Profile
-from megalith.specs.model import ModelSpec
 
 ASSUMED_DISK_BYTES_PER_S = 1e9
 """Of a disk that was not measured: a slow NVMe drive."""
 
 
-def disk_bytes_per_s(profile: Profile) -> tuple[float, str]:
-    """(rate, where it comes from): what `probe` measured, else an assumption."""
+class DiskRate(Config, kw_only=True):
+    """What a disk gives to several direct readers at once, and where the figure comes from."""
+
+    bytes_per_s: float
+    source: str
+
+
+def disk_rate(profile: Profile) -> DiskRate:
+    """What `probe` measured, else an assumption."""
     measured = profile.raw.get("disk_sequential_read_bytes_per_s")
-    return (measured, "measured by probe") if measured else (ASSUMED_DISK_BYTES_PER_S, "assumed; `probe` measures it")
+    if measured:
+        return DiskRate(bytes_per_s=measured, source="measured by probe")
+    return DiskRate(bytes_per_s=ASSUMED_DISK_BYTES_PER_S, source="assumed; `probe` measures it")
 
 
-def piece_bytes(spec: ModelSpec, weights: WeightBytes) -> list[int]:
-    """Bytes of attention and FFN of each layer, then the head: what streams. All layers count as equal."""
-    attention = 2 * spec.hidden * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    ffn = 3 * spec.hidden * spec.ffn
-    layer = -(-weights.layers // spec.num_layers)
-    first = -(-layer * attention // (attention + ffn))
-    return [*([first, layer - first] * spec.num_layers), weights.head]
+def piece_bytes(weights: WeightBytes, limit_bytes: int) -> tuple[list[int], int]:
+    """(bytes of the pieces that stream, the first of the head): layers, then the head, in pieces of the limit."""
+    sizes = []
+    for part in (weights.layers, weights.head):
+        pieces = -(-part // limit_bytes)
+        sizes.append([-(-part // pieces)] * pieces if part else [])
+    return [*sizes[0], *sizes[1]], len(sizes[0])
 
 
 def windowed(weights: WeightBytes, window_bytes: int) -> WeightBytes:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from megalith.base.clock import MonotonicClock
-from megalith.base.errors import ConfigError, MachineError
+from megalith.base.errors import ConfigError, MachineError, TierError
 from megalith.base.units import format_bytes, format_duration
 from megalith.cost.profile import RunnerKind
+from megalith.cost.streaming import DiskRate
 from megalith.engine.admission import Admission
 from megalith.engine.api import EngineConfig
 from megalith.engine.attention_option import check_attention, check_room, parse_attention
@@ -76,6 +77,22 @@ class BuiltEngine:
     spans: Spans
     why: str
     """Which runner, and why not the native one where that was not chosen."""
+
+    def streamed_facts(self) -> dict[str, float]:
+        """The same for programs: bytes of a step, decode steps, and their mean time, measured and predicted."""
+        window = getattr(self.runner, "window", None)
+        if window is None or not window.decode_steps:
+            return {}
+        return {
+            "step_bytes": window.step_bytes, "decode_steps": window.decode_steps,
+            "measured_step_ns": window.decode_ns / window.decode_steps,
+            "predicted_step_ns": self.fit.plan.points[0].tpot_ns.value, "wait_ns": window.wait_ns,
+        }  # fmt: skip
+
+    def streamed(self) -> str:
+        """What streaming weights took and was predicted to take, for the end of a verb; empty where nothing did."""
+        window = getattr(self.runner, "window", None)
+        return "" if window is None else str(window.summary(self.fit.plan.points[0].tpot_ns.value))
 
 
 def build_engine(
@@ -176,7 +193,20 @@ def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
         if not cpu_has_bf16():  # the torch runner then holds float32 weights beside bfloat16 KV
             wide = msgspec.structs.replace(config, mode="float32")
             return check_fits(wide, kind=kind, model=planned, kv_format="bf16")
-    return check_fits(config, kind=kind, model=planned)
+    fit = check_fits(config, kind=kind, model=planned)
+    disk = None if fit.window_bytes is None else _disk_rate(model)
+    return fit if disk is None else check_fits(config, kind=kind, model=planned, disk=disk)
+
+
+def _disk_rate(model: OpenModel) -> DiskRate | None:
+    """Of the file that steps will read, or the model's where there is none yet; None where neither says it."""
+    from megalith.engine.packed_file import packed_path
+    from megalith.tier.disk_rate import direct_rate
+
+    for path in (packed_path(model.files.path), model.files.path):
+        with suppress(TierError):
+            return DiskRate(bytes_per_s=direct_rate(path), source="measured at start")
+    return None
 
 
 def why_not_native(model: OpenModel) -> str | None:

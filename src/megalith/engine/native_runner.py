@@ -7,6 +7,7 @@ two seconds.
 from __future__ import annotations
 
 import ctypes
+import time
 
 import numpy as np
 
@@ -131,7 +132,13 @@ class NativeRunner:
 
     def step(self, batch: StepBatch, sampling: SamplingBatch) -> StepResult:
         """As Runner says."""
-        return self._model.step(batch, sampling)
+        if self.window is None:
+            return self._model.step(batch, sampling)
+        begin_ns = time.perf_counter_ns()
+        result = self._model.step(batch, sampling)
+        if batch.tokens_M.size == batch.output_rows_N.size:
+            self.window.note_decode(time.perf_counter_ns() - begin_ns)
+        return result
 
     def logits(self, batch: StepBatch) -> F32:
         """As Runner says."""
@@ -170,14 +177,19 @@ def _load_weights(model: binding.NativeModel, spec: ModelSpec, checkpoint: Check
             model.load(layer, tensor, "F32", found.float32(), found.shape)
 
     load(-1, "embed.weight", "embed")
+    layer = -1
     for name in checkpoint.names():
         parts = name.split(".")
         if parts[0] == "layers":
-            load(int(parts[1]), name, parts[2] if parts[3] == "weight" else f"{parts[2]}.bias")
+            if int(parts[1]) != layer:
+                layer = int(parts[1])
+                checkpoint.forget(cached=False)  # What is packed need not stay resident twice.
+            load(layer, name, parts[2] if parts[3] == "weight" else f"{parts[2]}.bias")
     load(-1, "final_norm.weight", "final_norm")
     if not spec.tied_embeddings:
         load(-1, "head.weight", "head")
     model.ready()
+    checkpoint.forget(cached=False)
 
 
 def _attach_weights(model: binding.NativeModel, checkpoint: Checkpoint, window: WeightWindow) -> None:
@@ -191,7 +203,8 @@ def _attach_weights(model: binding.NativeModel, checkpoint: Checkpoint, window: 
         found = checkpoint.tensor(name)
         model.load(-1 if top else int(parts[1]), part, "F32", found.float32(), found.shape)
     for matrix in window.matrices:
-        model.attach(matrix.layer, matrix.tensor, matrix.format, matrix.offset)
+        for span in matrix.spans:
+            model.attach(matrix.layer, matrix.tensor, matrix.format, span.piece, span.first_panel, span.offset)
     model.set_window(window)
     model.ready()
 

@@ -1,16 +1,19 @@
 """A model's matrices in the native backend's panels, in one file: made once, then read in pieces.
 
-Layout: 4 KiB of header, then pieces (attention and FFN matrices of each layer, the head, and an embedding of its own),
-each at a multiple of 4 KiB, then the index as JSON. The header is written last and the file is renamed when it is on
-the disk: there is never half of one under its name. Packing holds a few MiB at a time. Knows nothing about steps.
+Layout: 4 KiB of header, then pieces of a few MiB, each at a multiple of 4 KiB, then the index as JSON. Matrices follow
+each other in the order in which a step uses them, cut into spans of whole panels where a piece is full; the head, and
+an embedding of its own, begin new pieces. The header is written last and the file is renamed when it is on the disk:
+there is never half of one under its name. Packing holds one piece at a time. Knows nothing about steps.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -26,53 +29,77 @@ from megalith.base.units import MIB, format_bytes
 from megalith.base.whole_file import written_whole
 from megalith.engine.native import binding, single
 from megalith.model.checkpoint import Tensor
+from megalith.policy.weight_window import piece_limit
 from megalith.specs.model import ModelSpec
+from megalith.tier.block import checksum
 from megalith.tier.disk import ALIGN, DirectFile
 from megalith.tier.memory import HugeBuffer
 
 U8 = NDArray[np.uint8]
 Progress = Callable[[str], None]
-LAYOUT = 1
+LAYOUT = 2
 """Changes with anything that changes these bytes: the panels of engine/native/c/pack.c too."""
-ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
+PANEL = 16
+"""Rows of a panel."""
+_IN_LAYER = ("q", "k", "v", "o", "gate", "up", "down")
 _MAGIC = b"MEGAPACK"
 _HEADER = struct.Struct("<8sIIQQ")
-_STAGE_BYTES = 4 * MIB
-_CHUNK_BYTES = 2 * MIB
 
 
 class Piece(Config, kw_only=True):
     """Bytes that are read together."""
 
-    name: str
     offset: int
     num_bytes: int
     checksum: int
-    """CRC-32 of them."""
+    """tier.block.checksum of them."""
+    name: str
+    """Of the first matrix in it."""
+
+
+class Span(Config, kw_only=True):
+    """Panels of a matrix from `first_panel` on, up to its next span's."""
+
+    piece: int
+    first_panel: int
+    offset: int
+    """In the piece; a multiple of 64."""
 
 
 class Matrix(Config, kw_only=True):
-    """One matrix in a piece."""
+    """One matrix and where its panels are."""
 
-    piece: int
     layer: int
     tensor: str
     format: str
-    offset: int
-    """In the piece; a multiple of 64."""
     inputs: int
+    panel_bytes: int
+    spans: tuple[Span, ...]
+
+    def at(self, panel: int) -> tuple[int, int]:
+        """(piece, offset in it) of a panel."""
+        span = self.spans[bisect_right(self.spans, panel, key=lambda span: span.first_panel) - 1]
+        return span.piece, span.offset + (panel - span.first_panel) * self.panel_bytes
 
 
 class Index(Config, kw_only=True):
-    """What is in the file. Piece 2i: attention of layer i; 2i + 1: its FFN; then the head; then an untied embedding."""
+    """What is in the file. Steps use pieces in order: layers, then the head; rows of an embedding of its own follow."""
 
     model: str
     pieces: tuple[Piece, ...]
+    head: int
+    """The first piece of the head."""
+    used: int
+    """Pieces that steps use."""
     matrices: tuple[Matrix, ...]
 
 
 class Weights(Protocol):
     """What of a Checkpoint is needed."""
+
+    def forget(self) -> None:
+        """Let go of what was read so far."""
+        ...
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a canonical name."""
@@ -94,37 +121,54 @@ def packed_path(source: Path) -> Path:
     for part in parts:
         status = part.stat()
         digest.update(repr((str(part.resolve()), status.st_size, status.st_mtime_ns)).encode())
-    return home_dir() / "packed" / f"{source.stem}-{digest.hexdigest()[:16]}.panels"
+    return home_dir() / "packed" / f"{source.stem}-{_place(source)}-{digest.hexdigest()[:16]}.panels"
 
 
-def pieces_of(spec: ModelSpec) -> list[tuple[str, list[tuple[int, str, str]]]]:
-    """(name, [(layer, tensor, canonical name)]) of each piece, in order."""
-    pieces = []
-    for i in range(spec.num_layers):
-        for part, tensors in (("attention", ATTENTION), ("ffn", FFN)):
-            pieces.append((f"layers.{i}.{part}", [(i, t, f"layers.{i}.{t}.weight") for t in tensors]))
-    if spec.tied_embeddings:
-        return [*pieces, ("embed", [(-1, "embed", "embed.weight")])]
-    return [*pieces, ("head", [(-1, "head", "head.weight")]), ("embed", [(-1, "embed", "embed.weight")])]
+def _place(source: Path) -> str:
+    """Tells models of one name in several folders apart; stays the same when the model's file changes."""
+    return hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+
+
+def remove_outdated(path: Path) -> list[Path]:
+    """Remove what was packed of the same model before its file, or the layout, changed. Gives what went."""
+    begin = path.name.rsplit("-", 1)[0]
+    gone = []
+    for old in sorted(path.parent.glob(f"{glob.escape(begin)}-{'?' * 16}.panels")):
+        if old != path:
+            old.unlink(missing_ok=True)  # Who has it open reads on.
+            gone.append(old)
+    return gone
+
+
+def matrices_of(spec: ModelSpec) -> list[tuple[int, str, str]]:
+    """(layer, tensor, canonical name) of each matrix, in the order in which steps use them."""
+    layers = [(i, tensor, f"layers.{i}.{tensor}.weight") for i in range(spec.num_layers) for tensor in _IN_LAYER]
+    embed = (-1, "embed", "embed.weight")
+    return [*layers, embed] if spec.tied_embeddings else [*layers, (-1, "head", "head.weight"), embed]
 
 
 def packed_size(spec: ModelSpec, weights: Weights) -> int:
-    """Bytes of the file, but for its index."""
-    library, total = binding.load(), ALIGN
-    for _, tensors in pieces_of(spec):
-        for _, _, name in tensors:
-            outputs, inputs = weights.shape(name)
-            total += single.packed_bytes(library, weights.stored_format(name), outputs, inputs) + 64
-        total += ALIGN
+    """Bytes of the panels."""
+    library, total = binding.load(), 0
+    for _, _, name in matrices_of(spec):
+        outputs, inputs = weights.shape(name)
+        total += single.packed_bytes(library, weights.stored_format(name), outputs, inputs)
     return total
 
 
-def ensure_packed(path: Path, spec: ModelSpec, weights: Weights, progress: Progress | None = None) -> Path:
-    """The packed file, made now if it is not there. Raises TierError where there is no room for it."""
+def ensure_packed(
+    path: Path, spec: ModelSpec, weights: Weights, progress: Progress | None = None, piece_bytes: int | None = None
+) -> Path:
+    """The packed file, made now if it is not there, in pieces of about `piece_bytes` (None: what suits its size).
+
+    Raises TierError where there is no room for it.
+    """
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    needed = packed_size(spec, weights) + MIB
+    remove_outdated(path)
+    size = packed_size(spec, weights)
+    needed = size + size // 100 + MIB
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise TierError(
@@ -132,96 +176,106 @@ def ensure_packed(path: Path, spec: ModelSpec, weights: Weights, progress: Progr
             f"{format_bytes(free)} are free.",
             "Free some, or set MEGALITH_HOME to a folder on a larger disk.",
         )
-    with written_whole(path) as partial, _Writer(partial) as writer:
-        _pack(writer, spec, weights, progress)
+    largest = max(_panel_bytes(weights, name) for _, _, name in matrices_of(spec))
+    with written_whole(path) as partial, _Packer(partial, piece_bytes or piece_limit(size), largest) as packer:
+        _pack(packer, spec, weights, progress)
     return path
 
 
-def _pack(writer: _Writer, spec: ModelSpec, weights: Weights, progress: Progress | None) -> None:
-    pieces, matrices = [], []
-    todo = pieces_of(spec)
-    writer.append(np.zeros(ALIGN, np.uint8))
-    for number, (name, tensors) in enumerate(todo):
-        writer.pad(ALIGN)
-        begin, writer.checksum = writer.offset, 0
-        if progress is not None and number % 8 == 0:
-            progress(f"pack the weights: piece {number + 1} of {len(todo)}")
-        for layer, tensor, canonical in tensors:
-            writer.pad(64)
-            found = weights.tensor(canonical)
-            offset = writer.offset - begin
-            _pack_matrix(writer, found, getattr(weights, "forget", None))
-            matrices.append(
-                Matrix(piece=number, layer=layer, tensor=tensor, format=found.format, offset=offset,
-                       inputs=found.shape[1])
-            )  # fmt: skip
-        writer.pad(ALIGN)
-        pieces.append(Piece(name=name, offset=begin, num_bytes=writer.offset - begin, checksum=writer.checksum))
-    index = msgspec.json.encode(Index(model=spec.name, pieces=tuple(pieces), matrices=tuple(matrices)))
-    writer.finish(index)
+def _panel_bytes(weights: Weights, name: str) -> int:
+    return single.packed_bytes(binding.load(), weights.stored_format(name), PANEL, weights.shape(name)[1])
 
 
-def _pack_matrix(writer: _Writer, tensor: Tensor, forget: Callable[[], None] | None) -> None:
-    """A few panels at a time, so that neither the file's pages nor the panels add up."""
-    library = binding.load()
-    outputs, inputs = tensor.shape
-    panel = single.packed_bytes(library, tensor.format, 16, inputs)
-    rows = 16 * max(1, _CHUNK_BYTES // panel)
-    for first in range(0, outputs, rows):
-        raw = tensor.raw[first : first + rows]
-        to = np.empty(-(-raw.shape[0] // 16) * panel, np.uint8)
-        single.pack_into(library, tensor.format, raw, inputs, to)
-        writer.append(to)
-        if forget is not None:
-            forget()
+def _pack(packer: _Packer, spec: ModelSpec, weights: Weights, progress: Progress | None) -> None:
+    todo, matrices = matrices_of(spec), []
+    first_head, used = 0, 0
+    for number, (layer, tensor, name) in enumerate(todo):
+        if progress is not None and number % 32 == 0:
+            progress(f"pack the weights: matrix {number + 1} of {len(todo)}")
+        if layer == -1:
+            packer.end_piece()
+            if tensor == "head" or spec.tied_embeddings:
+                first_head = packer.count
+        found = weights.tensor(name)
+        matrices.append(packer.add(layer, tensor, name, found, weights.forget))
+        if layer == -1 and not used:
+            packer.end_piece()
+            used = packer.count
+    packer.end_piece()
+    packer.finish(
+        Index(
+            model=spec.name, pieces=tuple(packer.pieces), head=first_head, used=used, matrices=tuple(matrices)
+        )
+    )  # fmt: skip
 
 
-class _Writer:
-    """Appends through one aligned buffer, so that all but the end goes past the page cache."""
+class _Packer:
+    """Fills one piece after the other in one aligned buffer, so that all of them go past the page cache."""
 
-    def __init__(self, path: Path) -> None:
-        self.offset = 0
-        self.checksum = 0
-        """Of what was appended since it was set to 0."""
-        self._flushed = 0
-        self._buffer = HugeBuffer(_STAGE_BYTES)
+    def __init__(self, path: Path, piece_bytes: int, largest_panel: int) -> None:
+        self.pieces: list[Piece] = []
+        self._limit = -(-piece_bytes // ALIGN) * ALIGN
+        self._library = binding.load()
+        self._at = 0
+        """Bytes in the piece that is being filled."""
+        self._offset = ALIGN
+        self._name = ""
+        self._buffer = HugeBuffer(-(-max(piece_bytes, largest_panel) // ALIGN) * ALIGN)
         try:
             self._file = DirectFile(path, "w")
         except TierError:
             self._buffer.close()
             raise
 
-    def append(self, data: U8) -> None:
-        self.checksum = zlib.crc32(data.data, self.checksum)
-        view, done = data.data, 0
-        while done < len(view):
-            at = self.offset - self._flushed
-            part = view[done : done + _STAGE_BYTES - at]
-            self._buffer.view[at : at + len(part)] = part
-            self.offset += len(part)
-            done += len(part)
-            if self.offset - self._flushed == _STAGE_BYTES:
-                self._flush()
+    @property
+    def count(self) -> int:
+        """Pieces that are complete."""
+        return len(self.pieces)
 
-    def pad(self, multiple: int) -> None:
-        self.append(np.zeros(-self.offset % multiple, np.uint8))
+    def add(self, layer: int, tensor: str, name: str, found: Tensor, forget: Callable[[], None]) -> Matrix:
+        """A matrix, in as many spans as it takes."""
+        outputs, inputs = found.shape
+        panel_bytes, spans, row = single.packed_bytes(self._library, found.format, PANEL, inputs), [], 0
+        while row < outputs:
+            begin = -(-self._at // 64) * 64
+            room = self._limit if self._at else max(self._limit, panel_bytes)
+            count = (room - begin) // panel_bytes
+            if count < 1:
+                self.end_piece()
+                continue
+            raw = found.raw[row : row + PANEL * count]
+            end = begin + -(-raw.shape[0] // PANEL) * panel_bytes
+            to = np.frombuffer(self._buffer.view, np.uint8)
+            to[self._at : begin] = 0
+            single.pack_into(self._library, found.format, raw, inputs, to[begin:end])
+            spans.append(Span(piece=self.count, first_panel=row // PANEL, offset=begin))
+            self._name = self._name or name.removesuffix(".weight")
+            self._at, row = end, row + raw.shape[0]
+            forget()
+        return Matrix(
+            layer=layer, tensor=tensor, format=found.format, inputs=inputs, panel_bytes=panel_bytes, spans=tuple(spans)
+        )
 
-    def finish(self, index: bytes) -> None:
+    def end_piece(self) -> None:
+        """Write what there is."""
+        if not self._at:
+            return
+        size = -(-self._at // ALIGN) * ALIGN
+        view = self._buffer.view[:size]
+        view[self._at :] = bytes(size - self._at)
+        self._file.write_from(self._offset, view)
+        self.pieces.append(Piece(offset=self._offset, num_bytes=size, checksum=checksum(view), name=self._name))
+        self._offset, self._at, self._name = self._offset + size, 0, ""
+
+    def finish(self, index: Index) -> None:
         """The index, then the header that says where it is."""
-        at = self.offset
-        self.append(np.frombuffer(index, np.uint8))
-        self.pad(ALIGN)
-        self._flush()
-        header = _HEADER.pack(_MAGIC, LAYOUT, zlib.crc32(index), at, len(index))
-        self._buffer.view[:ALIGN] = header.ljust(ALIGN, b"\0")
-        self._file.write_from(0, self._buffer.view[:ALIGN])
+        body = msgspec.json.encode(index)
+        self._file.write_from(self._offset, memoryview(body))
+        header = _HEADER.pack(_MAGIC, LAYOUT, zlib.crc32(body), self._offset, len(body))
+        self._file.write_from(0, memoryview(header.ljust(ALIGN, b"\0")))
         self._file.sync()
 
-    def _flush(self) -> None:
-        self._file.write_from(self._flushed, self._buffer.view[: self.offset - self._flushed])
-        self._flushed = self.offset
-
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> _Packer:
         return self
 
     def __exit__(self, *ended: object) -> None:
@@ -265,11 +319,11 @@ class PackedFile:
         self.file.read_into(piece.offset, view[: piece.num_bytes])
         if number in self._verified:
             return
-        found = zlib.crc32(view[: piece.num_bytes])
+        found = checksum(view[: piece.num_bytes])
         if found != piece.checksum:
             raise TierError(
-                f"Piece {piece.name} of {self.path} is corrupted: {piece.num_bytes} bytes at {piece.offset} have "
-                f"checksum {found:08x}, {piece.checksum:08x} were written.",
+                f"Piece {number} of {self.path}, which begins with {piece.name}, is corrupted: {piece.num_bytes} bytes "
+                f"at {piece.offset} have checksum {found:016x}, {piece.checksum:016x} were written.",
                 f"Remove {self.path}: it is made again at the next start.",
             )
         self._verified.add(number)

@@ -14,15 +14,18 @@ from functools import partial
 import numpy as np
 
 from megalith.base.errors import TierError
+from megalith.base.units import NS_PER_S, format_bytes, format_duration
 from megalith.engine.batch import F32, I32
 from megalith.engine.native import binding, single
-from megalith.engine.packed_file import U8, Matrix, PackedFile
+from megalith.engine.packed_file import PANEL, U8, Matrix, PackedFile
 from megalith.policy.weight_window import lay_out
 from megalith.specs.model import ModelSpec
 from megalith.tier.disk import ALIGN
 from megalith.tier.memory import HUGE_PAGE_BYTES, HugeBuffer
 from megalith.tier.mover import Move, Mover, Ticket
 
+READERS = 4
+"""Reads under way at once."""
 _LINK = "disk"
 
 
@@ -39,18 +42,20 @@ class WeightWindow:
         self.hidden = spec.hidden
         self.wait_ns = 0
         """Time that steps waited for pieces."""
+        self.decode_steps = self.decode_ns = 0
+        """Steps that only decode, and their time."""
         self._packed, self._scale = packed, spec.embedding_scale
         self._embed = next(matrix for matrix in packed.index.matrices if matrix.tensor == "embed")
-        self.sizes = [piece.num_bytes for piece in packed.index.pieces[: 2 * spec.num_layers + 1]]
+        self.sizes = [piece.num_bytes for piece in packed.index.pieces[: packed.index.used]]
         self._pinned: HugeBuffer | None = None
-        self._ring: list[HugeBuffer] = []
+        self._ring: HugeBuffer | None = None
         self._addresses: dict[int, int] = {}
         self._tickets: dict[int, Ticket] = {}
         self._next = 0
         """Which read of the endless sequence the next streamed piece is."""
         self._primed = False
-        self.layout = lay_out(self.sizes, budget_bytes, page_bytes)
-        self._mover = Mover(workers=2)
+        self.layout = lay_out(self.sizes, packed.index.head, budget_bytes, page_bytes)
+        self._mover = Mover(workers=READERS)
         self._mover.add_link(_LINK)
         try:
             self._fill()
@@ -62,13 +67,16 @@ class WeightWindow:
         """Read what stays, and the first pieces of the first step."""
         layout = self.layout
         if layout.pinned:
-            self._pinned, at = HugeBuffer(layout.pinned_bytes), 0
+            self._pinned, at, tickets = HugeBuffer(layout.pinned_bytes), 0, []
             for piece in layout.pinned:
-                self._packed.read_piece(piece, self._pinned.view[at : at + self.sizes[piece]])
                 self._addresses[piece] = self._pinned.address + at
+                tickets.append(self._read(piece, self._pinned.view[at : at + self.sizes[piece]], 0))
                 at += self.sizes[piece]
-        self._ring = [HugeBuffer(layout.slot_bytes) for _ in range(layout.slots)]
-        self._prime(0)
+            for ticket in tickets:
+                ticket.wait()
+        if layout.streamed:
+            self._ring = HugeBuffer(layout.ring_bytes)
+            self._prime(0)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -88,7 +96,23 @@ class WeightWindow:
     @property
     def read_bytes(self) -> int:
         """Read ahead by the mover so far."""
-        return self._mover.stats()[_LINK].num_bytes
+        return self._mover.stats()[_LINK].num_bytes - sum(self.sizes[piece] for piece in self.layout.pinned)
+
+    def note_decode(self, step_ns: int) -> None:
+        """A step that only decoded took so long."""
+        self.decode_steps += 1
+        self.decode_ns += step_ns
+
+    def summary(self, predicted_ns: float) -> str:
+        """Measured beside predicted, in a line; empty before the first decode step."""
+        if not self.decode_steps:
+            return ""
+        mean_ns = self.decode_ns / self.decode_steps
+        return (
+            f"streamed {format_bytes(self.step_bytes)} a step from disk: {self.decode_steps} decode steps of "
+            f"{format_duration(mean_ns)} (measured; {format_duration(predicted_ns)} predicted, "
+            f"{mean_ns / predicted_ns - 1:+.0%}), {format_bytes(round(self.step_bytes * NS_PER_S / mean_ns))}/s"
+        )
 
     def acquire(self, piece: int) -> int:
         """As WeightSource says. Raises TierError; the next step may try again."""
@@ -106,43 +130,48 @@ class WeightWindow:
             raise
         finally:
             self.wait_ns += time.perf_counter_ns() - begin_ns
-        return self._ring[self._next % len(self._ring)].address
+        assert self._ring is not None
+        return self._ring.address + self._next % self.layout.slots * self.layout.slot_bytes
 
     def release(self, piece: int) -> None:
         """As WeightSource says: what comes a ring later is read into its place."""
         if piece in self._addresses:
             return
         del self._tickets[self._next]
-        self._submit(self._next + len(self._ring))
+        self._submit(self._next + self.layout.slots)
         self._next += 1
 
     def embed(self, tokens_M: I32, x_MD: F32) -> None:
         """As WeightSource says. A panel of 16 rows is read for each distinct token, unless the table stays."""
         library, matrix = binding.load(), self._embed
-        panel_bytes = single.packed_bytes(library, matrix.format, 16, matrix.inputs)
         for token in np.unique(tokens_M):
-            panel = self._panel(matrix, int(token) // 16, panel_bytes)
+            panel = self._panel(matrix, int(token) // PANEL)
             rows = np.flatnonzero(tokens_M == token)
-            single.panel_row(library, matrix.format, panel, int(token) % 16, self._scale, x_MD[rows[0]])
+            single.panel_row(library, matrix.format, panel, int(token) % PANEL, self._scale, x_MD[rows[0]])
             x_MD[rows[1:]] = x_MD[rows[0]]
 
-    def _panel(self, matrix: Matrix, number: int, panel_bytes: int) -> U8:
-        begin = matrix.offset + number * panel_bytes
-        if self._pinned is not None and matrix.piece in self._addresses:
-            at = self._addresses[matrix.piece] - self._pinned.address + begin
-            return np.frombuffer(self._pinned.view, np.uint8, panel_bytes, at)
-        begin += self._packed.index.pieces[matrix.piece].offset
-        first, last = begin // ALIGN * ALIGN, -(-(begin + panel_bytes) // ALIGN) * ALIGN
+    def _panel(self, matrix: Matrix, number: int) -> U8:
+        piece, offset = matrix.at(number)
+        if self._pinned is not None and piece in self._addresses:
+            at = self._addresses[piece] - self._pinned.address + offset
+            return np.frombuffer(self._pinned.view, np.uint8, matrix.panel_bytes, at)
+        begin = self._packed.index.pieces[piece].offset + offset
+        first, last = begin // ALIGN * ALIGN, -(-(begin + matrix.panel_bytes) // ALIGN) * ALIGN
         room = np.empty(last - first + ALIGN, np.uint8)
         skip = -room.ctypes.data % ALIGN
         self._packed.file.read_into(first, room.data[skip : skip + last - first])
-        return room[skip + begin - first :][:panel_bytes]
+        return room[skip + begin - first :][: matrix.panel_bytes]
 
     def _submit(self, count: int) -> None:
-        piece, slot = self.layout.streamed[count % len(self.layout.streamed)], self._ring[count % len(self._ring)]
-        name = self._packed.index.pieces[piece].name
-        work = partial(self._packed.read_piece, piece, slot.view)
-        self._tickets[count] = self._mover.submit(Move(_LINK, self.sizes[piece], work, priority=count, label=name))
+        piece, slot = self.layout.streamed[count % len(self.layout.streamed)], count % self.layout.slots
+        assert self._ring is not None
+        at = slot * self.layout.slot_bytes
+        self._tickets[count] = self._read(piece, self._ring.view[at : at + self.layout.slot_bytes], count)
+
+    def _read(self, piece: int, view: memoryview, priority: int) -> Ticket:
+        work = partial(self._packed.read_piece, piece, view)
+        label = f"piece {piece} of {self._packed.path.name}"
+        return self._mover.submit(Move(_LINK, self.sizes[piece], work, priority, label=label))
 
     def _prime(self, first: int) -> None:
         """Forget what was read ahead and read from streamed piece `first` on."""
@@ -152,7 +181,7 @@ class WeightWindow:
                     ticket.wait()
         self._tickets.clear()
         self._next = first
-        for count in range(first, first + len(self._ring)):
+        for count in range(first, first + self.layout.slots):
             self._submit(count)
         self._primed = True
 
@@ -162,7 +191,8 @@ class WeightWindow:
             self._mover.close()
         finally:
             self._tickets.clear()
-            for buffer in (*self._ring, *([self._pinned] if self._pinned else [])):
-                buffer.close()
-            self._ring, self._pinned = [], None
+            for buffer in (self._ring, self._pinned):
+                if buffer is not None:
+                    buffer.close()
+            self._ring = self._pinned = None
             self._packed.close()

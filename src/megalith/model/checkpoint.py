@@ -114,10 +114,10 @@ class Checkpoint:
         rows = entry.shape[0] if len(entry.shape) > 1 else 1
         return Tensor(name, entry.shape, entry.format, raw.reshape(rows, -1))
 
-    def forget(self) -> None:
-        """Let go of pages of the file that were read so far, where it is one that can."""
+    def forget(self, *, cached: bool = True) -> None:
+        """Let go of pages of the file that were read so far, where it is one that can; see GgufFile."""
         if isinstance(self._files, GgufFile):
-            self._files.forget()
+            self._files.forget(cached=cached)
 
     def stored_name(self, name: str) -> str:
         """The file's own name of canonical `name`."""

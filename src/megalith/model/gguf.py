@@ -112,12 +112,15 @@ class GgufFile:
             raise ModelFormatError(f"{self.path} has no tensor named {name}.")
         return np.frombuffer(self._parts[tensor.part], np.uint8, tensor.num_bytes, tensor.offset)
 
-    def forget(self) -> None:
-        """Let go of the pages that were read so far: for who reads all of a file that is bigger than memory."""
+    def forget(self, *, cached: bool = True) -> None:
+        """Let go of the pages that were read so far: for who reads all of a file that is bigger than memory.
+
+        With `cached=False` the page cache keeps them for the next process, and only this one does not hold them.
+        """
         for mapped, path in zip(self._parts, _part_paths(self.path), strict=True):
             if hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
-            if hasattr(os, "posix_fadvise"):
+            if cached and hasattr(os, "posix_fadvise"):
                 handle = os.open(path, os.O_RDONLY)
                 try:
                     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

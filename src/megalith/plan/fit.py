@@ -15,18 +15,15 @@ from megalith.base.errors import DoesNotFit
 from megalith.base.units import MIB, format_bytes
 from megalith.cost.memory import blocks_for, device_block_bytes
 from megalith.cost.profile import RunnerKind
-from megalith.cost.streaming import piece_bytes
+from megalith.cost.streaming import DiskRate
 from megalith.plan import machine
 from megalith.plan.explain import plan_text
-from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, check, need_bytes
+from megalith.plan.request import DEVICE_SHARE, SMALLEST_CONTEXT, ServeRequest, blocks_that_fit, check
 from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
-from megalith.policy.weight_window import lay_out, least_bytes
+from megalith.plan.window import can_stream, least_window, streaming
 from megalith.specs.plan import ServePlan
-from megalith.tier.memory import HUGE_PAGE_BYTES
 
-SMALLEST_CONTEXT = 256
-"""A context that nobody asked for is never derived shorter than this."""
 SPEED_CONTEXT = 1024
 """Context of the speeds that the serving verbs print; few requests are longer."""
 _KV_SHARE = 0.25
@@ -86,11 +83,12 @@ def check_fits(
     kind: RunnerKind | None = None,
     model: PlannedModel | None = None,
     kv_format: str | None = None,
+    disk: DiskRate | None = None,
 ) -> Fit:
     """Sizes for `config`, or DoesNotFit with the numbers and what would fit.
 
     `kind` is the runner that will be used (None: what the configuration implies), `model` one that is already resolved,
-    `kv_format` what that runner stores (None: its default). Reads headers and stored profiles only.
+    `kv_format` what that runner stores (None: its default), `disk` was measured. Reads headers and profiles only.
     """
     kind = kind or kind_of(config)
     request = base_request(config, kind, model or resolve(config.model), kv_format)
@@ -110,7 +108,8 @@ def check_fits(
         needed = _with(request, num_blocks=blocks, num_host_blocks=blocks if swap else host_blocks)
     plan = plan_serve(needed)
     if kind == "native" and config.device == "cpu" and _may_stream(config, plan.fits):
-        streamed = window_request(config, base_request(config, kind, model or resolve(config.model), kv_format))
+        base = base_request(config, kind, model or resolve(config.model), kv_format)
+        streamed = window_request(config, msgspec.structs.replace(base, disk=disk))
         if streamed is not None:
             needed, request = streamed, streamed
             blocks, plan = streamed.wanted_blocks(), plan_serve(streamed)
@@ -128,16 +127,14 @@ def _may_stream(config: EngineSettings, fits: bool) -> bool:
 
 
 def window_request(config: EngineSettings, request: ServeRequest) -> ServeRequest | None:
-    """`request` with weights that stream from disk, or None where not even two pieces in a ring fit the limit.
+    """`request` with weights that stream from disk, or None where not even the smallest ring fits the limit.
 
     KV gets one sequence, or a quarter of the limit where that is more; the weights get what is left.
     """
-    if request.spec.num_experts:
+    if not can_stream(request):
         return None
-    sizes = piece_bytes(request.spec, request.weights)
-    least = least_bytes(sizes, HUGE_PAGE_BYTES)
-    empty = _with(request, window_bytes=least, num_host_blocks=config.num_host_blocks or 0)
-    room = blocks_that_fit(empty)
+    host_blocks = config.num_host_blocks or 0
+    room = blocks_that_fit(_with(least_window(request), num_host_blocks=host_blocks))
     one = blocks_for(request.context, request.block_tokens)
     block = device_block_bytes(request.spec, request.memory_request(1))
     share = int(_KV_SHARE * request.limit_bytes) // block
@@ -145,13 +142,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
         request = _shorter(request, min(room, share))
         one = blocks_for(request.context, request.block_tokens)
     blocks = config.num_blocks or max(one, min(room, share, _wanted(config, request)))
-    empty = _with(request, num_blocks=blocks, num_host_blocks=empty.num_host_blocks, window_bytes=0)
-    left = int((request.limit_bytes - need_bytes(empty, blocks)[1]) / 1.02)
-    if left < least:
-        return None
-    layout = lay_out(sizes, left, HUGE_PAGE_BYTES)
-    streamed = sum(sizes[piece] for piece in layout.streamed)
-    return msgspec.structs.replace(empty, window_bytes=left if streamed else layout.num_bytes, stream_bytes=streamed)
+    return streaming(_with(request, num_blocks=blocks, num_host_blocks=host_blocks))
 
 
 def kind_of(config: EngineSettings) -> RunnerKind:

@@ -11,10 +11,12 @@ from megalith.base.units import MIB, format_bytes
 from megalith.cost.borrow import layer_bytes
 from megalith.cost.memory import SHRINKING, WeightBytes, bits_per_weight, blocks_for, weight_bytes
 from megalith.cost.profile import from_device
-from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, need_bytes
+from megalith.plan.request import DEVICE_SHARE, SMALLEST_CONTEXT, ServeRequest, blocks_that_fit, need_bytes
 from megalith.plan.source import native_bytes, weight_bytes_by_part
+from megalith.plan.window import can_stream, least_window, streaming
 from megalith.specs import catalog
 from megalith.specs.plan import Remedy
+from megalith.tier.memory import HUGE_PAGE_BYTES
 
 WORTH_BORROWING = 0.5
 """Borrowed layers that make a decode step longer by more than this are no remedy: one computes better. A choice."""
@@ -29,6 +31,7 @@ def remedies(request: ServeRequest) -> tuple[Remedy, ...]:
         *_borrowed_layers(request),
         *_more_devices(request),
         *_bigger_device(request),
+        *_streamed_weights(request),
     ]
     need = _need(request)
     rounded = -(-need // MIB) * MIB
@@ -137,6 +140,26 @@ def _bigger_device(request: ServeRequest) -> list[Remedy]:
             if found:
                 return found
     return []
+
+
+def _streamed_weights(request: ServeRequest) -> list[Remedy]:
+    """Weights that stream from disk: here, or in the least memory in which they would."""
+    if request.window_bytes is not None or not can_stream(request):
+        return []
+    streamed = streaming(request)
+    if streamed is None:
+        context = min(request.context, SMALLEST_CONTEXT)
+        need = _need(least_window(msgspec.structs.replace(request, context=context, num_blocks=None)))
+        least = -(-need // MIB) * MIB + 2 * HUGE_PAGE_BYTES
+        shorter = f" and a context of {context}" if context < request.context else ""
+        return [
+            Remedy(
+                change=f"{format_bytes(least)}, the least with weights that stream from disk in every step{shorter}",
+                need_bytes=need, limit_bytes=least,
+            )
+        ]  # fmt: skip
+    rate = 1e9 / streamed.cost().decode_step(1, request.speed_context or request.context).duration_ns
+    return _remedy(f"weights that stream from disk in every step ({rate:.2g} tokens/s for one sequence)", streamed)
 
 
 def _on_device(request: ServeRequest) -> WeightBytes:

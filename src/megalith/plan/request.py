@@ -11,12 +11,14 @@ from megalith.cost.borrow import BorrowingCostModel, loans, resident
 from megalith.cost.compute import CostModel
 from megalith.cost.memory import MemoryRequest, WeightBytes, Workspace, blocks_for, device_block_bytes, itemise
 from megalith.cost.profile import Profile
-from megalith.cost.streaming import StreamingCostModel, disk_bytes_per_s, windowed
+from megalith.cost.streaming import DiskRate, StreamingCostModel, disk_rate, windowed
 from megalith.specs.model import ModelSpec
 from megalith.specs.plan import MemoryLine
 
 DEVICE_SHARE = 0.9
 """Part of an accelerator's memory that a plan may fill when no limit was given."""
+SMALLEST_CONTEXT = 256
+"""A context that nobody asked for is never derived shorter than this."""
 
 
 class ServeRequest(Config, kw_only=True):
@@ -57,12 +59,18 @@ class ServeRequest(Config, kw_only=True):
     """Weights are streamed from disk through so much memory; None: they stay in memory."""
     stream_bytes: int = 0
     """What a step then reads from the disk."""
+    disk: DiskRate | None = None
+    """Measured at the start; None: what `probe` measured, else an assumption."""
+
+    def disk_rate(self) -> DiskRate:
+        """What streaming gets of the disk."""
+        return self.disk or disk_rate(self.profile)
 
     def cost(self) -> CostModel:
         """What steps of the plan take."""
         cost = CostModel(self.spec, self.profile, self.weights, self.kv_format, self.devices)
         if self.window_bytes is not None:
-            return StreamingCostModel(cost, self.stream_bytes, disk_bytes_per_s(self.profile)[0])
+            return StreamingCostModel(cost, self.stream_bytes, self.disk_rate().bytes_per_s)
         if not self.peer_layers and not self.host_layers:
             return cost
         return BorrowingCostModel(

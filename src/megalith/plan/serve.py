@@ -14,9 +14,9 @@ from megalith.cost.compute import CostModel, StepCost
 from megalith.cost.memory import blocks_for, kv_bytes_per_token
 from megalith.cost.parameters import active_parameters, count
 from megalith.cost.profile import band_for
-from megalith.cost.streaming import disk_bytes_per_s
 from megalith.plan.remedies import remedies
 from megalith.plan.request import ServeRequest, blocks_that_fit, check, need_bytes
+from megalith.plan.window import BATCHES
 from megalith.specs.plan import BatchPoint, Estimate, ServePlan
 
 MAX_POINT_BATCH = 256
@@ -73,7 +73,7 @@ def _batches(request: ServeRequest, max_sequences: int) -> list[int]:
     """1, 2, 4, ... up to what fits (one more, to show where it ends), and the batch asked for."""
     top = min(max(max_sequences, request.batch), MAX_POINT_BATCH)
     powers = [1 << exponent for exponent in range(top.bit_length())]
-    return sorted({*powers, request.batch})
+    return sorted({*powers, request.batch, *(BATCHES if request.window_bytes is not None else ())})
 
 
 def banded(request: ServeRequest, duration_ns: float) -> Estimate:
@@ -123,11 +123,11 @@ def _notes(request: ServeRequest) -> tuple[str, ...]:
         )
     notes += _borrowed(request)
     if request.window_bytes is not None:
-        rate, source = disk_bytes_per_s(request.profile)
+        disk = request.disk_rate()
         notes.append(
             f"Weights do not stay in memory: a step reads {format_bytes(request.stream_bytes)} of "
-            f"{format_bytes(request.weights.total)} from disk, {request.stream_bytes / rate:.2f} s at "
-            f"{format_bytes(round(rate))}/s ({source}; the time is predicted)."
+            f"{format_bytes(request.weights.total)} from disk, {request.stream_bytes / disk.bytes_per_s:.2f} s at "
+            f"{format_bytes(round(disk.bytes_per_s))}/s ({disk.source}; the time is predicted)."
         )
     if request.profile.power is not None:
         notes.append(f"Power: {request.profile.power.source}.")

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalith.base.errors import DoesNotFit
-from megalith.base.units import format_bytes
+from megalith.base.units import MIB, format_bytes
 
-SLOTS = 3
-"""Of the ring: one that is computed from, and two that are read into at once."""
+PIECE_BYTES = 8 * MIB
+"""Of large models: four reads of so much at once are as fast as the disk (the guide has the measurement)."""
+SLOTS, LEAST_SLOTS = 8, 3
+"""Of the ring: one that is computed from, four that are read into, and three that are there before they are needed."""
+_PIECES = 128
+_RING_SHARE = 4
+
+
+def piece_limit(total_bytes: int) -> int:
+    """The size of pieces for weights of `total_bytes`: small models have smaller ones, so that there are enough."""
+    return min(PIECE_BYTES, max(MIB, total_bytes // _PIECES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,44 +30,49 @@ class Layout:
     slots: int
     slot_bytes: int
     pinned_bytes: int
+    """In whole pages, as the ring."""
+    ring_bytes: int
 
     @property
     def num_bytes(self) -> int:
         """Of memory."""
-        return self.pinned_bytes + self.slots * self.slot_bytes
+        return self.pinned_bytes + self.ring_bytes
 
 
-def lay_out(sizes: Sequence[int], budget_bytes: int, page_bytes: int) -> Layout:
-    """The layout for pieces of `sizes` bytes, the last of which is the head, in `budget_bytes` of pages.
+def lay_out(sizes: Sequence[int], head: int, budget_bytes: int, page_bytes: int) -> Layout:
+    """The layout for pieces of `sizes` bytes, of which those from `head` on are the head, in `budget_bytes` of pages.
 
     The head is pinned first: steps without an output do not use it. Then layers, spread evenly, so that the disk reads
-    on while what stays is computed. Raises DoesNotFit when not even two slots fit.
+    on while what stays is computed. The ring has eight slots, fewer where they would take more than a quarter. Raises
+    DoesNotFit when not even three slots fit.
     """
-    whole = _layout(sizes, frozenset(range(len(sizes))), page_bytes)
-    if whole.num_bytes <= budget_bytes:
-        return whole
-    bits = len(sizes).bit_length()
-    spread = sorted(range(len(sizes) - 1), key=lambda piece: int(f"{piece:0{bits}b}"[::-1], 2))
-    best, pinned = _layout(sizes, frozenset(), page_bytes), frozenset[int]()
-    for piece in (len(sizes) - 1, *spread):
-        tried = _layout(sizes, pinned | {piece}, page_bytes)
-        if tried.num_bytes <= budget_bytes:
-            best, pinned = tried, pinned | {piece}
-    if best.num_bytes > budget_bytes:
+    if _whole(sum(sizes), page_bytes) <= budget_bytes:
+        return _layout(sizes, range(len(sizes)), 0, page_bytes)
+    bits = max(1, (head - 1).bit_length())
+    spread = sorted(range(head), key=lambda piece: int(f"{piece:0{bits}b}"[::-1], 2))
+    slots = min(SLOTS, max(LEAST_SLOTS, budget_bytes // (_RING_SHARE * max(sizes))), len(sizes))
+    least = least_bytes(sizes, page_bytes)
+    if least > budget_bytes:
         raise DoesNotFit(
-            f"A window of weights needs {format_bytes(best.num_bytes)} ({best.slots} slots of "
-            f"{format_bytes(best.slot_bytes)}, the largest piece), and {format_bytes(budget_bytes)} are left for it.",
-            f"Raise the limit by {format_bytes(best.num_bytes - budget_bytes)}.",
+            f"A window of weights needs {format_bytes(least)} ({LEAST_SLOTS} slots of {format_bytes(max(sizes))}, the "
+            f"largest piece), and {format_bytes(budget_bytes)} are left for it.",
+            f"Raise the limit by {format_bytes(least - budget_bytes)}.",
         )
-    return best
+    pinned, left = list[int](), budget_bytes - _whole(slots * max(sizes), page_bytes)
+    left -= left % page_bytes
+    for piece in (*range(head, len(sizes)), *spread):
+        if sizes[piece] <= left and len(pinned) < len(sizes) - slots:
+            pinned.append(piece)
+            left -= sizes[piece]
+    return _layout(sizes, pinned, slots, page_bytes)
 
 
-def _layout(sizes: Sequence[int], pinned: frozenset[int], page_bytes: int) -> Layout:
-    streamed = tuple(piece for piece in range(len(sizes)) if piece not in pinned)
-    slots = min(SLOTS, len(streamed))
-    slot = max((_whole(sizes[piece], page_bytes) for piece in streamed), default=0)
-    kept = tuple(sorted(pinned))
-    return Layout(kept, streamed, slots, slot, _whole(sum(sizes[piece] for piece in kept), page_bytes))
+def _layout(sizes: Sequence[int], pinned: Sequence[int], slots: int, page_bytes: int) -> Layout:
+    kept = frozenset(pinned)
+    streamed = tuple(piece for piece in range(len(sizes)) if piece not in kept)
+    slot = max((sizes[piece] for piece in streamed), default=0)
+    there = _whole(sum(sizes[piece] for piece in kept), page_bytes)
+    return Layout(tuple(sorted(kept)), streamed, slots, slot, there, _whole(slots * slot, page_bytes))
 
 
 def _whole(num_bytes: int, page_bytes: int) -> int:
@@ -66,6 +80,5 @@ def _whole(num_bytes: int, page_bytes: int) -> int:
 
 
 def least_bytes(sizes: Sequence[int], page_bytes: int) -> int:
-    """The smallest budget that `lay_out` accepts: the head may be the largest piece, and is better pinned then."""
-    last = len(sizes) - 1
-    return min(_layout(sizes, kept, page_bytes).num_bytes for kept in (frozenset[int](), frozenset({last})))
+    """The smallest budget that `lay_out` accepts: a ring of the fewest slots, or all where that is less."""
+    return _whole(min(LEAST_SLOTS * max(sizes), sum(sizes)), page_bytes)

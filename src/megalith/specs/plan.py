@@ -93,3 +93,5 @@ class ServePlan(Config, kw_only=True):
     band_source: str
     """Where the width of the error bands comes from."""
     notes: tuple[str, ...] = ()
+    window: ServePlan | None = None
+    """Where weights do not fit and could stream from disk: the plan of that."""

@@ -40,7 +40,8 @@ class HugeBuffer:
         # never touched is never resident.
         whole = -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         try:
-            self._memory = mmap.mmap(-1, whole + HUGE_PAGE_BYTES)
+            # Private: shared memory gets huge pages only where the machine's owner allowed it, which is rare.
+            self._memory = mmap.mmap(-1, whole + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise TierError(
                 f"This machine does not give {format_bytes(num_bytes)} of memory in one piece ({error}).",

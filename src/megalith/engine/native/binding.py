@@ -83,7 +83,7 @@ class Library:
         for name, arguments in {
             "native_create": (_P, _P, _P),
             "native_load": (_P, _I32, _I32, _I32, _P, _I64, _I32, _I32),
-            "native_attach": (_P, _I32, _I32, _I32, _I64),
+            "native_attach": (_P, _I32, _I32, _I32, _I32, _I32, _I64),
             "native_set_window": (_P, _P),
             "native_packed_bytes": (_I32, _I32, _I32),
             "native_pack": (_I32, _P, _I64, _I32, _I32, _P, _I64),
@@ -309,9 +309,9 @@ class NativeModel:
             )
         )  # fmt: skip
 
-    def attach(self, layer: int, tensor: str, format_name: str, offset: int) -> None:
-        """Instead of load: panels that lie at `offset` of a piece of the window. Raises MachineError."""
-        at = (layer, TENSORS.index(tensor), FORMATS.index(format_name), offset)
+    def attach(self, layer: int, tensor: str, format_name: str, piece: int, first_panel: int, offset: int) -> None:
+        """Instead of load: panels from `first_panel` on lie at `offset` of a piece. Raises MachineError."""
+        at = (layer, TENSORS.index(tensor), FORMATS.index(format_name), piece, first_panel, offset)
         self._check_load(self._c.native_attach(self.handle, *at))
 
     def set_window(self, window: WeightSource) -> None:

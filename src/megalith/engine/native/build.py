@@ -21,7 +21,7 @@ from megalith.base.toolchain import BuildFailed, build_once, find_compiler, run
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "c"
 _KERNEL_FILES = ("gemm", "bipolar", "rows", "attention", "sample", "table")
-_COMMON_FILES = ("pool", "pack", "model", "check", "step", "window", "isa", "single")
+_COMMON_FILES = ("pool", "pack", "model", "check", "step", "products", "window", "isa", "single")
 _FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra",
 )  # fmt: skip

@@ -103,8 +103,9 @@ struct native_memory { int64_t weights, kv, host_kv, activations; };
 typedef struct native_model native_model;
 typedef struct native_matrix native_matrix;
 
-/* Weights that are not in memory all the time (window.c). Piece 2i: q, k, v and o of layer i; 2i + 1: its gate, up and
- * down; 2 * layers: the head. A step takes one piece at a time, in this order, on the thread that called it. */
+/* Weights that are not in memory all the time (window.c). Matrices are cut into spans of whole panels, and spans lie in
+ * pieces. A step uses q, k, v, o, gate, up and down of each layer, then the head for every LOGIT_ROWS outputs; it takes one
+ * piece at a time, on the thread that called it, and the next one when a span lies in another. */
 struct native_window {
     const uint8_t *(*acquire)(int32_t piece); /* where it lies now, 64-byte aligned; NULL ends the step */
     void (*release)(int32_t piece);
@@ -119,8 +120,10 @@ NATIVE_API const char *native_isas(int32_t usable);
 NATIVE_API int32_t native_create(const struct native_config *config, native_model **model, char *message);
 NATIVE_API int32_t native_load(native_model *model, int32_t layer, int32_t tensor, int32_t format, const uint8_t *raw,
                                int64_t raw_bytes, int32_t outputs, int32_t inputs);
-/* Instead of native_load, before native_ready: a matrix whose panels are at `offset` of its piece. */
-NATIVE_API int32_t native_attach(native_model *model, int32_t layer, int32_t tensor, int32_t format, int64_t offset);
+/* Instead of native_load, before native_ready: panels of a matrix from `first_panel` on are at `offset` of a piece. Spans
+ * of a matrix are attached in order. */
+NATIVE_API int32_t native_attach(native_model *model, int32_t layer, int32_t tensor, int32_t format, int32_t piece,
+                                 int32_t first_panel, int64_t offset);
 /* Who gives the pieces; the functions must outlive the model. */
 NATIVE_API int32_t native_set_window(native_model *model, const struct native_window *window);
 /* After the last tensor: says which one is missing. */

@@ -26,6 +26,9 @@
 #define BIPOLAR_GROUP 64
 #define PLANE_WORDS(bits) (4 * (size_t)(bits)) /* of one row and group: low and high nibbles of both halves of each plane */
 
+/* Panels from `first` on, up to the next span's or the last, of a matrix that lies in pieces of a window (window.c). */
+struct span { int32_t piece, first; size_t offset; };
+
 struct matrix {
     int32_t outputs, inputs; /* as given; panels are padded with zero columns */
     int32_t panels, groups;
@@ -37,6 +40,8 @@ struct matrix {
     size_t record_bytes;
     size_t bytes;
     uint8_t *data; /* 64-byte aligned; records are multiples of 32 bytes */
+    struct span *spans; /* instead of data, and owned */
+    int32_t num_spans;
 };
 
 /* Rows of activations: a[row * inputs + k], and for each group its scale and scale * sum(a). For bipolar matrices

@@ -155,6 +155,10 @@ void native_destroy(native_model *model) {
     pages_unmap(model->host_kv, model->block_elements * 2 * model->config.num_host_blocks);
     if (model->work.x != NULL) workspace_destroy(model);
     arena_destroy(model->arena);
+    spans_free(&model->embed);
+    spans_free(&model->head_matrix);
+    for (int layer = 0; model->layers != NULL && layer < model->config.num_layers; layer++)
+        for (int tensor = 0; tensor < NATIVE_EMBED; tensor++) spans_free(&model->layers[layer].matrices[tensor]);
     free(model->rope_frequencies);
     free(model->layers);
     free(model);
@@ -253,7 +257,7 @@ static int vector_needed(const struct native_config *c, int tensor) {
 
 /* In memory, or attached to a window that is there. */
 static int matrix_there(const native_model *model, const struct matrix *w) {
-    return w->data != NULL || (w->bytes > 0 && model->window.acquire != NULL);
+    return w->data != NULL || (w->num_spans > 0 && model->window.acquire != NULL);
 }
 
 int32_t native_ready(native_model *model) {

@@ -9,7 +9,6 @@
 struct layer {
     struct matrix matrices[NATIVE_EMBED]; /* q, k, v, o, gate, up, down */
     float *vectors[NATIVE_TENSORS - NATIVE_MATRICES];
-    size_t offsets[NATIVE_EMBED]; /* of each matrix in its piece, where a window holds the weights */
     int32_t window, rope;
 };
 
@@ -41,7 +40,8 @@ struct native_model {
     struct matrix embed, head_matrix;
     const struct matrix *head; /* the embedding when tied */
     struct native_window window; /* zeros: all weights stay in memory */
-    size_t head_offset;
+    int32_t held_piece;   /* of the window, while a step has one */
+    const uint8_t *held;  /* where it lies; NULL: none */
     float *final_norm;
     float *rope_frequencies; /* [2, head_dim / 2] */
     struct arena *arena;     /* panels and vectors */
@@ -71,9 +71,16 @@ void expected_shape(const struct native_config *c, int tensor, int *outputs, int
 int is_top(int tensor);
 struct matrix *matrix_slot(native_model *model, int layer, int tensor);
 
-/* window.c: point the matrices of a piece at where it lies now (0: refused), and say that it is not needed any more. */
-int piece_take(native_model *model, int layer, int piece, int first, int last);
-void piece_give(native_model *model, int piece);
+/* window.c: the one piece that is held is given back for another (NULL: refused), or for none; a matrix's spans freed. */
+const uint8_t *piece_hold(native_model *model, int piece);
+void piece_drop(native_model *model);
+void spans_free(struct matrix *w);
+
+/* products.c: y[i] (+)= a W[i]^T for `count` matrices and the rows of work.a. The piece of a window that did not come, or -1;
+ * adds to waited_ns the time that was spent waiting for pieces. */
+int products_run(native_model *model, int count, const struct matrix *const *w, float *const *y, size_t stride,
+                 int accumulate, int64_t *waited_ns);
+int64_t now_ns(void);
 
 /* check.c: everything that could make a step read or write outside what it owns. */
 int check_config(const struct native_config *config, char *message);

@@ -3,12 +3,10 @@
  * Every phase is a task over rows, panels or attention tiles, so that one thread or many do the same arithmetic on the
  * same numbers. In the last layer only the output rows go on after attention.
  */
-#define _GNU_SOURCE
 #include "model.h"
 
 #include <math.h>
 #include <string.h>
-#include <time.h>
 
 #define ROWS_PER_ITEM 4
 
@@ -26,15 +24,9 @@ struct step {
     int tiles, head_parts; /* head_parts: tiles that share one KV head because its query heads are many */
     int groups_of_32, planes; /* which activations the matrices want that read the row at hand */
     int first_output, outputs; /* of the run of output rows that is sampled now */
-    int failed_output;
+    int failed_output, lost_piece; /* -1: none */
     int64_t clock;
 };
-
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static void end_phase(struct step *s, int phase) {
     int64_t now = now_ns();
@@ -184,38 +176,15 @@ static void rope_row(struct step *s, int row, int worker) {
 
 /* ---- matrices ---- */
 
-/* Products of the same activations, whose panels are shared out over the threads. */
-struct product_job {
-    struct step *s;
-    struct product products[3];
-    int count, panels, per_item;
-};
-
-static void run_product_item(void *argument, int item, int worker) {
-    struct product_job *job = argument;
-    int first = item * job->per_item, last = first + job->per_item;
-    (void)worker;
-    for (int i = 0, base = 0; i < job->count; base += job->products[i++].w->panels) {
-        int low = first > base ? first - base : 0, high = last - base, panels = job->products[i].w->panels;
-        if (high > panels) high = panels;
-        const struct kernels *kernels = job->s->model->kernels;
-        if (low < high) (job->products[i].w->planes ? kernels->multiply_planes : kernels->multiply)(&job->products[i], low, high);
-    }
-}
-
-/* y[i] (+)= a W[i]^T for `count` matrices, for `rows` rows of the activations. */
-static void multiply(struct step *s, int count, const struct matrix *const *w, float *const *y, size_t stride, int rows,
-                     int accumulate) {
-    struct product_job job = {.s = s, .count = count};
-    int threads = pool_threads(s->model->pool);
+/* As products.c says; waiting for weights of a window is a phase of its own. */
+static int multiply(struct step *s, int count, const struct matrix *const *w, float *const *y, size_t stride, int rows,
+                    int accumulate) {
+    int64_t waited_ns = 0;
     s->model->work.a.rows = rows;
-    for (int i = 0; i < count; i++) {
-        job.products[i] = (struct product){w[i], &s->model->work.a, y[i], (ptrdiff_t)stride, accumulate};
-        job.panels += w[i]->panels;
-    }
-    /* About eight items a thread even out what the system takes away; fewer, longer ones would stream better. */
-    job.per_item = threads == 1 ? job.panels : (job.panels + 8 * threads - 1) / (8 * threads);
-    pool_run(s->model->pool, run_product_item, &job, (job.panels + job.per_item - 1) / job.per_item);
+    s->lost_piece = products_run(s->model, count, w, y, stride, accumulate, &waited_ns);
+    s->model->phase_ns[NATIVE_PHASE_WAIT] += waited_ns;
+    s->clock += waited_ns;
+    return s->lost_piece < 0;
 }
 
 /* Activations that are filled next have this width and are read by these matrices. */
@@ -291,7 +260,7 @@ static void keep_outputs(struct step *s) {
 
 /* ---- a layer ---- */
 
-static void attention_block(struct step *s) {
+static int attention_block(struct step *s) {
     native_model *m = s->model;
     const struct native_config *c = s->c;
     const struct matrix *w = s->layer->matrices;
@@ -300,26 +269,29 @@ static void attention_block(struct step *s) {
     each_row(s, attn_norm_row, s->rows);
     end_phase(s, NATIVE_PHASE_NORM);
     float *y = m->work.y;
-    multiply(s, 3, (const struct matrix *const[]){&w[NATIVE_Q], &w[NATIVE_K], &w[NATIVE_V]},
-             (float *const[]){y, y + q_size, y + q_size + kv_size}, m->work.wide, s->rows, 0);
+    if (!multiply(s, 3, (const struct matrix *const[]){&w[NATIVE_Q], &w[NATIVE_K], &w[NATIVE_V]},
+                  (float *const[]){y, y + q_size, y + q_size + kv_size}, m->work.wide, s->rows, 0))
+        return 0;
     end_phase(s, NATIVE_PHASE_QKV);
     each_row(s, rope_row, s->rows);
     end_phase(s, NATIVE_PHASE_ROPE);
     if (s->index == 0 || last) cut_tiles(s, last);
     pool_run(m->pool, attend_item, s, s->tiles * c->num_kv_heads * s->head_parts);
     if (last) keep_outputs(s);
-    if (s->rows == 0) return; /* a step without outputs ends here */
+    if (s->rows == 0) return 1; /* a step without outputs ends here */
     end_phase(s, NATIVE_PHASE_ATTENTION);
     set_inputs(s, q_size, &w[NATIVE_O], 1);
     each_row(s, quantize_mixed_row, s->rows);
     float *to = c->post_norms ? y : m->work.x;
-    multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_O]}, &to, c->post_norms ? m->work.wide : (size_t)c->hidden,
-             s->rows, !c->post_norms);
+    if (!multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_O]}, &to,
+                  c->post_norms ? m->work.wide : (size_t)c->hidden, s->rows, !c->post_norms))
+        return 0;
     if (c->post_norms) each_row(s, post_attn_row, s->rows);
     end_phase(s, NATIVE_PHASE_OUT);
+    return 1;
 }
 
-static void ffn_block(struct step *s) {
+static int ffn_block(struct step *s) {
     native_model *m = s->model;
     const struct native_config *c = s->c;
     const struct matrix *w = s->layer->matrices;
@@ -327,16 +299,19 @@ static void ffn_block(struct step *s) {
     set_inputs(s, c->hidden, &w[NATIVE_GATE], 2);
     each_row(s, ffn_norm_row, s->rows);
     end_phase(s, NATIVE_PHASE_NORM);
-    multiply(s, 2, (const struct matrix *const[]){&w[NATIVE_GATE], &w[NATIVE_UP]}, (float *const[]){y, y + c->ffn},
-             m->work.wide, s->rows, 0);
+    if (!multiply(s, 2, (const struct matrix *const[]){&w[NATIVE_GATE], &w[NATIVE_UP]},
+                  (float *const[]){y, y + c->ffn}, m->work.wide, s->rows, 0))
+        return 0;
     end_phase(s, NATIVE_PHASE_GATE_UP);
     set_inputs(s, c->ffn, &w[NATIVE_DOWN], 1);
     each_row(s, activate_row, s->rows);
     end_phase(s, NATIVE_PHASE_ACTIVATION);
-    multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_DOWN]}, &to, c->post_norms ? m->work.wide : (size_t)c->hidden,
-             s->rows, !c->post_norms);
+    if (!multiply(s, 1, (const struct matrix *const[]){&w[NATIVE_DOWN]}, &to,
+                  c->post_norms ? m->work.wide : (size_t)c->hidden, s->rows, !c->post_norms))
+        return 0;
     if (c->post_norms) each_row(s, post_ffn_row, s->rows);
     end_phase(s, NATIVE_PHASE_DOWN);
+    return 1;
 }
 
 /* ---- outputs ---- */
@@ -356,7 +331,7 @@ static void sample_item(void *argument, int item, int worker) {
 }
 
 /* Logits of LOGIT_ROWS output rows at a time, so that their memory does not grow with the batch. */
-static void give_outputs(struct step *s) {
+static int give_outputs(struct step *s) {
     native_model *m = s->model;
     struct activations all = m->work.a;
     float *logits = m->work.logits;
@@ -367,7 +342,10 @@ static void give_outputs(struct step *s) {
     for (s->first_output = 0; s->first_output < s->rows; s->first_output += LOGIT_ROWS) {
         s->outputs = s->rows - s->first_output < LOGIT_ROWS ? s->rows - s->first_output : LOGIT_ROWS;
         m->work.a = activations_from(all, s->first_output);
-        multiply(s, 1, &m->head, &logits, m->work.logit_stride, s->outputs, 0);
+        if (!multiply(s, 1, &m->head, &logits, m->work.logit_stride, s->outputs, 0)) {
+            m->work.a = all;
+            return 0;
+        }
         end_phase(s, NATIVE_PHASE_HEAD);
         if (s->logits_out != NULL)
             for (int n = 0; n < s->outputs; n++)
@@ -378,46 +356,38 @@ static void give_outputs(struct step *s) {
         end_phase(s, NATIVE_PHASE_SAMPLE);
     }
     m->work.a = all;
+    return 1;
 }
 
-/* ---- weights that come and go ---- */
-
-static int take(struct step *s, int piece, int first, int last) {
-    if (s->model->window.acquire == NULL) return 1;
-    int there = piece_take(s->model, s->index, piece, first, last);
-    end_phase(s, NATIVE_PHASE_WAIT);
-    return there;
+static int no_weights(struct step *s) {
+    return fail(s->model->message, NATIVE_NO_WEIGHTS, s->lost_piece < 0 ? "the embedding rows did not come"
+                                                                        : "piece %d of the weights did not come",
+                s->lost_piece);
 }
 
-static int no_weights(struct step *s, int piece) {
-    return fail(s->model->message, NATIVE_NO_WEIGHTS, piece < 0 ? "the embedding rows did not come"
-                                                                : "piece %d of the weights did not come", piece);
+static int run_layers(struct step *s) {
+    native_model *m = s->model;
+    if (m->window.embed != NULL && !m->window.embed(s->batch->tokens, s->rows, m->work.x)) return no_weights(s);
+    each_row(s, embed_row, s->rows);
+    end_phase(s, NATIVE_PHASE_EMBED);
+    for (s->index = 0; s->index < s->c->num_layers; s->index++) {
+        s->layer = &m->layers[s->index];
+        if (!attention_block(s)) return no_weights(s);
+        if (s->rows == 0) return NATIVE_OK;
+        if (!ffn_block(s)) return no_weights(s);
+    }
+    return give_outputs(s) ? NATIVE_OK : no_weights(s);
 }
 
 static int run_step(struct step *s) {
     native_model *m = s->model;
     s->c = &m->config;
     s->rows = s->batch->num_rows;
-    s->failed_output = -1;
+    s->failed_output = s->lost_piece = -1;
     s->clock = now_ns();
-    if (m->window.embed != NULL && !m->window.embed(s->batch->tokens, s->rows, m->work.x)) return no_weights(s, -1);
-    each_row(s, embed_row, s->rows);
-    end_phase(s, NATIVE_PHASE_EMBED);
-    for (s->index = 0; s->index < s->c->num_layers; s->index++) {
-        int piece = 2 * s->index;
-        s->layer = &m->layers[s->index];
-        if (!take(s, piece, NATIVE_Q, NATIVE_O)) return no_weights(s, piece);
-        attention_block(s);
-        piece_give(m, piece);
-        if (s->rows == 0) return NATIVE_OK;
-        if (!take(s, piece + 1, NATIVE_GATE, NATIVE_DOWN)) return no_weights(s, piece + 1);
-        ffn_block(s);
-        piece_give(m, piece + 1);
-    }
-    if (!take(s, 2 * s->c->num_layers, NATIVE_HEAD, NATIVE_HEAD)) return no_weights(s, 2 * s->c->num_layers);
-    give_outputs(s);
-    piece_give(m, 2 * s->c->num_layers);
-    if (s->failed_output < 0) return NATIVE_OK;
+    int code = run_layers(s);
+    piece_drop(m);
+    if (code != NATIVE_OK || s->failed_output < 0) return code;
     return fail(m->message, NATIVE_NO_TOKEN, "output %d has no token to give: every token is masked, or its logits are not numbers",
                 s->failed_output);
 }

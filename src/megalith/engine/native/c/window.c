@@ -1,6 +1,8 @@
 /* Weights that are in memory only while a step needs them: pieces that callbacks give and take back. */
 #include "model.h"
 
+#include <stdlib.h>
+
 static int bad_shape(int format, int outputs, int inputs) {
     return format < 0 || format >= NATIVE_FORMATS || outputs < 1 || inputs < 1 || inputs % GROUP ||
            inputs % format_table[format].block_elements;
@@ -13,36 +15,48 @@ int32_t native_set_window(native_model *model, const struct native_window *windo
     return NATIVE_OK;
 }
 
-int32_t native_attach(native_model *model, int32_t layer, int32_t tensor, int32_t format, int64_t offset) {
+int32_t native_attach(native_model *model, int32_t layer, int32_t tensor, int32_t format, int32_t piece,
+                      int32_t first_panel, int64_t offset) {
     int outputs, inputs;
     if (tensor < 0 || tensor >= NATIVE_MATRICES || layer < -1 || layer >= model->config.num_layers ||
         is_top(tensor) != (layer == -1))
         return fail(model->message, NATIVE_BAD_ARGUMENT, "no matrix %d in layer %d", tensor, layer);
     expected_shape(&model->config, tensor, &outputs, &inputs);
-    if (bad_shape(format, outputs, inputs) || offset < 0 || offset % 64 ||
-        (format_table[format].planes > 0 && model->config.activation_bits == 0))
-        return fail(model->message, NATIVE_BAD_ARGUMENT, "matrix %d of layer %d cannot be attached with format %d at %lld",
-                    tensor, layer, format, (long long)offset);
-    matrix_describe(matrix_slot(model, layer, tensor), format, outputs, inputs);
-    if (layer >= 0) model->layers[layer].offsets[tensor] = (size_t)offset;
-    else model->head_offset = (size_t)offset;
+    struct matrix *w = matrix_slot(model, layer, tensor);
+    int count = w->num_spans, after = count > 0 ? w->spans[count - 1].first + 1 : 0;
+    int wrong = bad_shape(format, outputs, inputs) || piece < 0 || offset < 0 || offset % 64 || first_panel < after ||
+                (count == 0 && first_panel != 0) || first_panel >= (outputs + PANEL - 1) / PANEL ||
+                (format_table[format].planes > 0 && model->config.activation_bits == 0);
+    if (wrong)
+        return fail(model->message, NATIVE_BAD_ARGUMENT,
+                    "panel %d of matrix %d of layer %d cannot be attached with format %d at %lld of piece %d", first_panel,
+                    tensor, layer, format, (long long)offset, piece);
+    if (count == 0) matrix_describe(w, format, outputs, inputs);
+    struct span *spans = realloc(w->spans, sizeof *spans * (size_t)(count + 1));
+    if (spans == NULL) return fail(model->message, NATIVE_NO_MEMORY, "out of memory for weights");
+    spans[count] = (struct span){piece, first_panel, (size_t)offset};
+    w->spans = spans;
+    w->num_spans = count + 1;
     return NATIVE_OK;
 }
 
-int piece_take(native_model *model, int layer, int piece, int first, int last) {
-    uint8_t *base = (uint8_t *)model->window.acquire(piece); /* panels are only read */
-    if (base == NULL) return 0;
-    if (first == NATIVE_HEAD) {
-        (model->config.tied_embeddings ? &model->embed : &model->head_matrix)->data = base + model->head_offset;
-        return 1;
-    }
-    for (int tensor = first; tensor <= last; tensor++)
-        model->layers[layer].matrices[tensor].data = base + model->layers[layer].offsets[tensor];
-    return 1;
+void spans_free(struct matrix *w) {
+    free(w->spans);
+    w->spans = NULL;
+    w->num_spans = 0;
 }
 
-void piece_give(native_model *model, int piece) {
-    if (model->window.release != NULL) model->window.release(piece);
+const uint8_t *piece_hold(native_model *model, int piece) {
+    if (model->held != NULL && model->held_piece == piece) return model->held;
+    piece_drop(model);
+    model->held = model->window.acquire(piece);
+    model->held_piece = piece;
+    return model->held;
+}
+
+void piece_drop(native_model *model) {
+    if (model->held != NULL) model->window.release(model->held_piece);
+    model->held = NULL;
 }
 
 int64_t native_packed_bytes(int32_t format, int32_t outputs, int32_t inputs) {

@@ -168,7 +168,7 @@ def test_weights_may_stream_through_a_window(tmp_path: Path) -> None:
     spec = llama(hidden=128, ffn=192, num_heads=4, num_kv_heads=2, head_dim=32, num_layers=6)
     weights = RandomCheckpoint(spec, "BIPOLAR3", head_kind="Q8_0")
     with_all = NativeRunner(spec, weights, **SIZES, activation_bits=5)  # type: ignore[arg-type]
-    ensure_packed(tmp_path / "p", spec, weights)  # type: ignore[arg-type]
+    ensure_packed(tmp_path / "p", spec, weights, piece_bytes=12 << 10)  # type: ignore[arg-type]
     budget = with_all.memory_bytes()["weights"] * 3 // 4
     window = WeightWindow(PackedFile(tmp_path / "p"), spec, budget, page_bytes=4096)
     assert window.layout.streamed

@@ -116,6 +116,9 @@ class _Random:
         kind = self.kind if name.startswith("layers.") else "Q8_0"
         return Tensor(name, shape, kind, random_raw(np.random.default_rng(2), kind, *shape))
 
+    def forget(self, *, cached: bool = True) -> None:
+        """There is no file whose pages could be let go."""
+
 
 def _runner(kind: str, bits: int, layers: int) -> NativeRunner:
     spec = msgspec.structs.replace(catalog.model(MODEL), num_layers=layers or catalog.model(MODEL).num_layers)

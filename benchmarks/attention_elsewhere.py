@@ -36,9 +36,7 @@ def open_runner(model: OpenModel, attention: str, tokens: int) -> TorchRunner:
 
 
 def rows_of(ids: np.ndarray, low: int, high: int) -> StepBatch:
-    rows = np.arange(low, high, dtype=np.int32)
-    table = np.arange(-(-high // BLOCK), dtype=np.int32)[None]
-    return StepBatch(ids[rows], rows, np.array([0, high - low], np.int32), table, np.arange(high - low, dtype=np.int32))
+    return StepBatch.of_one(ids[low:high], low, np.arange(high - low), BLOCK)
 
 
 def fill(runner: TorchRunner, ids: np.ndarray, high: int) -> None:

@@ -38,7 +38,7 @@ from megalith.model.source import resolve
 
 ARMS = ("shipped", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BASE = "q8_0"
-PROMPT, OUTPUT, CONTEXT = 128, 48, 512
+PROMPT, OUTPUT, CONTEXT, BLOCK = 128, 48, 512, 16
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ def built(arm: Arm, threads: int) -> BuiltEngine:
     """The arm's engine, native, for one sequence."""
     config = EngineConfig(
         model=str(arm.path), mode="native", threads=threads, max_context=CONTEXT, max_sequences=1, token_budget=PROMPT,
-        num_blocks=CONTEXT // 16 + 1,
+        num_blocks=CONTEXT // BLOCK + 1, block_tokens=BLOCK,
     )  # fmt: skip
     return build_engine(msgspec.structs.replace(config, **arm.options))
 
@@ -140,14 +140,7 @@ def decode(runner: Runner) -> float:
 
 def step(tokens: np.ndarray, start: int) -> StepBatch:
     """These tokens of one sequence from position `start`; the last gives logits."""
-    n = len(tokens)
-    return StepBatch(
-        tokens_M=np.array(tokens, np.int32),
-        positions_M=np.arange(start, start + n, dtype=np.int32),
-        row_starts_S1=np.array([0, n], np.int32),
-        block_tables_SW=np.arange(-(-(start + n) // 16), dtype=np.int32)[None, :],
-        output_rows_N=np.array([n - 1], np.int32),
-    )
+    return StepBatch.of_one(tokens, start, [len(tokens) - 1], BLOCK)
 
 
 def loss(model: str, arms: list[Arm], options: argparse.Namespace) -> None:

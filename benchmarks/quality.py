@@ -161,17 +161,10 @@ def native_logits(model: OpenModel, ids: list[int]) -> np.ndarray:
         model.spec, model.checkpoint, block_tokens=block_tokens, num_blocks=num_blocks, num_host_blocks=0,
         max_rows=PIECE, threads=1,
     )  # fmt: skip
-    table = np.arange(num_blocks, dtype=np.int32)[None, :]
     parts = []
     for begin in range(0, len(ids), PIECE):
         rows = ids[begin : begin + PIECE]
-        batch = StepBatch(
-            tokens_M=np.array(rows, np.int32),
-            positions_M=np.arange(begin, begin + len(rows), dtype=np.int32),
-            row_starts_S1=np.array([0, len(rows)], np.int32),
-            block_tables_SW=np.ascontiguousarray(table),
-            output_rows_N=np.arange(len(rows), dtype=np.int32),
-        )
+        batch = StepBatch.of_one(rows, begin, np.arange(len(rows)), block_tokens)
         parts.append(np.array(runner.logits(batch)))
     runner.close()
     return np.concatenate(parts)

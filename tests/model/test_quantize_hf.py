@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from megalith.base.errors import ConfigError, MachineError, ModelFormatError
 from megalith.engine.native_runner import NativeRunner
 from megalith.engine.perplexity import TEXT, measure, windows
-from megalith.model import safetensors_write
+from megalith.model import gguf_write
 from megalith.model.formats import dequantize
 from megalith.model.open import open_model
 from megalith.model.quantize import Recipe, quantize
@@ -194,7 +194,7 @@ def test_it_leaves_what_was_there(source: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         quantize_directory(files, recipe, out, force=True, advance=interrupted)
     with monkeypatch.context() as small:
-        small.setattr(safetensors_write, "_DISK_MARGIN_BYTES", 1 << 60)
+        small.setattr(gguf_write, "_DISK_MARGIN_BYTES", 1 << 60)
         with pytest.raises(MachineError, match="free"):
             quantize_directory(files, recipe, out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megalith.engine.params import MAX_LOGPROBS
 
@@ -31,6 +31,19 @@ class StepBatch:
     """C-contiguous; entries past a sequence's last block are never read. Token p lives in block p // block_tokens."""
     output_rows_N: I32
     """Rows whose logits are wanted, ascending."""
+
+    @staticmethod
+    def of_one(tokens_M: ArrayLike, start: int, output_rows_N: ArrayLike, block_tokens: int) -> StepBatch:
+        """These tokens of one sequence from position `start` on, whose blocks are 0, 1, 2 and so on."""
+        tokens = np.ascontiguousarray(tokens_M, np.int32)
+        end = start + tokens.size
+        return StepBatch(
+            tokens_M=tokens,
+            positions_M=np.arange(start, end, dtype=np.int32),
+            row_starts_S1=np.array([0, tokens.size], np.int32),
+            block_tables_SW=np.arange(-(-end // block_tokens), dtype=np.int32)[None],
+            output_rows_N=np.ascontiguousarray(output_rows_N, np.int32),
+        )
 
 
 @dataclass(slots=True)

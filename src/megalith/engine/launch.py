@@ -28,6 +28,7 @@ from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
 from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
+from megalith.model.bipolar import BITS_OF
 from megalith.model.open import OpenModel, open_model
 from megalith.plan import machine
 from megalith.plan.fit import Fit, check_fits
@@ -46,7 +47,8 @@ _WATERMARK_SHARE = 100
 """One block in so many stays free at admission, so that running requests can grow before anyone is preempted."""
 
 
-_DISK_TRIALS = 3
+_DISK_PASSES = 3
+"""The best counts: a disk that rested, or that somebody else uses now, gives less for a moment."""
 
 
 @dataclass(slots=True)
@@ -208,9 +210,7 @@ def _disk_rate(model: OpenModel) -> DiskRate | None:
 
     for path in (packed_path(model.files.path), model.files.path):
         with suppress(TierError):
-            # The best of three: a disk that rested, or that somebody else uses now, gives less for a moment.
-            best = max(direct_rate(path) for _ in range(_DISK_TRIALS))
-            return DiskRate(bytes_per_s=best, source="measured at start")
+            return DiskRate(bytes_per_s=direct_rate(path, passes=_DISK_PASSES), source="measured at start")
     return None
 
 
@@ -231,7 +231,7 @@ def _check_activation_bits(config: EngineConfig, model: OpenModel, kind: RunnerK
     if not 1 <= bits <= 8:
         raise ConfigError(f"activation_bits is {bits}.", "Give 1 to 8.")
     formats = model.checkpoint.formats()
-    if not any(name.startswith("BIPOLAR") for name in formats):
+    if not formats.keys() & BITS_OF.keys():
         raise ConfigError(
             f"activation_bits is {bits}, but {model.files.name} has no bipolar weights; it has {', '.join(formats)}.",
             "Write some: megalith quantize MODEL --to bipolar4 --out FILE.gguf.",

@@ -16,6 +16,7 @@ from megalith.cost.memory import packed_bytes
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
 from megalith.engine.native import binding
 from megalith.engine.weight_window import WeightWindow
+from megalith.model.bipolar import BITS_OF
 from megalith.model.checkpoint import Checkpoint
 from megalith.model.rope import inverse_frequencies
 from megalith.specs.model import ModelSpec
@@ -100,7 +101,7 @@ class NativeRunner:
         self.vocab = spec.vocab
         self.block_tokens, self.num_blocks, self.num_host_blocks = block_tokens, num_blocks, num_host_blocks
         self.max_rows, self.threads = max_rows, threads
-        bipolar = any(name.startswith("BIPOLAR") for name in checkpoint.formats())
+        bipolar = checkpoint.formats().keys() & BITS_OF.keys()
         self._model = self._create(spec, activation_bits if bipolar else 0)
         self.name = f"native-{self._model.isa()}"
         self.block_bytes = self._model.block_bytes()

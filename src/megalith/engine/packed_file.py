@@ -300,7 +300,7 @@ class PackedFile:
         remedy = f"Remove {self.path}: it is made again at the next start."
         head = np.empty(_HEADER.size, np.uint8)
         self.file.read_into(0, head.data)
-        magic, layout, checksum, at, length = _HEADER.unpack(head.tobytes())
+        magic, layout, crc, at, length = _HEADER.unpack(head.tobytes())
         if magic != _MAGIC or layout != LAYOUT or at + length > self.file.size:
             raise TierError(
                 f"{self.path} is no packed file of layout {LAYOUT}, or was cut short: it has {self.file.size} bytes "
@@ -309,7 +309,7 @@ class PackedFile:
             )
         body = np.empty(length, np.uint8)
         self.file.read_into(at, body.data)
-        if zlib.crc32(body.data) != checksum:
+        if zlib.crc32(body.data) != crc:
             raise TierError(f"The index of {self.path} is corrupted.", remedy)
         return msgspec.json.decode(body.tobytes(), type=Index)
 

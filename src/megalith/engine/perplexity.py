@@ -108,14 +108,8 @@ def _chunks(context: int) -> list[tuple[int, int, bool]]:
 
 
 def _batch(runner: Runner, window: I32, start: int, rows: int, scored: bool) -> StepBatch:
-    blocks = -(-(start + rows) // runner.block_tokens)
-    return StepBatch(
-        tokens_M=np.ascontiguousarray(window[start : start + rows]),
-        positions_M=np.arange(start, start + rows, dtype=np.int32),
-        row_starts_S1=np.array([0, rows], np.int32),
-        block_tables_SW=np.arange(blocks, dtype=np.int32)[None, :],
-        output_rows_N=np.arange(rows if scored else 0, dtype=np.int32),
-    )
+    outputs = np.arange(rows if scored else 0)
+    return StepBatch.of_one(window[start : start + rows], start, outputs, runner.block_tokens)
 
 
 def _scores(got: F32, want: F32 | None, following: I32) -> tuple[F64, F64, F64, F64]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from megalith.base.errors import MachineError
 from megalith.base.units import GIB, MIB, NS_PER_S, format_bytes
-from megalith.tier.disk import open_direct
+from megalith.tier.disk import ALIGN, open_direct
+from megalith.tier.disk_rate import READ_BYTES, READERS, direct_rate
 from megalith.tier.memory import HugeBuffer
 
 _FILE_BYTES = 512 * MIB
@@ -46,10 +47,10 @@ def _measure(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, flo
         note(f"disk: {path.parent} does not allow O_DIRECT, so the page cache is in these figures")
     size, rate = _write(path, direct)
     yield "disk_sequential_write_bytes_per_s", rate
+    yield "disk_sequential_read_bytes_per_s", _sequential(path, size)
     handle = open_direct(path, os.O_RDONLY)
     handle = os.open(path, os.O_RDONLY) if handle is None else handle
     try:
-        yield "disk_sequential_read_bytes_per_s", _sequential(handle, size)
         for piece, reads in _RANDOM:
             label = f"{piece >> 10}k" if piece < MIB else f"{piece >> 20}m"
             yield f"disk_random_read_{label}_bytes_per_s", _random(handle, size, piece, reads)
@@ -73,17 +74,10 @@ def _write(path: Path, direct: int | None) -> tuple[int, float]:
     return written, written * NS_PER_S / (time.perf_counter_ns() - begin_ns)
 
 
-def _sequential(handle: int, size: int) -> float:
-    """Best of two passes, in chunks of 4 MiB."""
-    buffer, best = HugeBuffer(_CHUNK_BYTES), 0.0
-    buffer.view[:1] = b"\0"
-    for _ in range(2):
-        done, begin_ns = 0, time.perf_counter_ns()
-        while done < size and time.perf_counter_ns() - begin_ns < _LIMIT_NS:
-            done += os.preadv(handle, [buffer.view], done) or size
-        best = max(best, min(done, size) * NS_PER_S / (time.perf_counter_ns() - begin_ns))
-    buffer.close()
-    return best
+def _sequential(path: Path, size: int) -> float:
+    """Best of two passes of several readers, as streaming weights reads; in smaller reads where the file is small."""
+    piece = min(READ_BYTES, size // READERS // ALIGN * ALIGN)
+    return direct_rate(path, READERS, piece, most_bytes=size, limit_ns=_LIMIT_NS, passes=2)
 
 
 def _random(handle: int, size: int, piece: int, reads: int) -> float:

@@ -31,6 +31,10 @@ def format_name(bits: int) -> str:
     return f"BIPOLAR{bits}"
 
 
+BITS_OF = {format_name(bits): bits for bits in WIDTHS}
+"""The bipolar formats, and their bits."""
+
+
 def block_bytes(bits: int) -> int:
     """Bytes of a block: a scale and `bits` planes."""
     return 2 + bits * GROUP // 8

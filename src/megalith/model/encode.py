@@ -203,5 +203,5 @@ _ENCODERS: dict[str, Callable[[F32, U8], None]] = {
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
-    **{bipolar.format_name(n): partial(_bipolar, n) for n in bipolar.WIDTHS},
+    **{name: partial(_bipolar, n) for name, n in bipolar.BITS_OF.items()},
 }

@@ -44,7 +44,7 @@ FORMATS: dict[str, Format] = {
     "Q4_K": Format(256, 144),
     "Q5_K": Format(256, 176),
     "Q6_K": Format(256, 210),
-} | {bipolar.format_name(n): Format(bipolar.GROUP, bipolar.block_bytes(n)) for n in bipolar.WIDTHS}
+} | {name: Format(bipolar.GROUP, bipolar.block_bytes(n)) for name, n in bipolar.BITS_OF.items()}
 
 
 def row_bytes(format_name: str, elements: int) -> int:
@@ -202,5 +202,5 @@ _DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
-    **{bipolar.format_name(n): partial(_bipolar, n) for n in bipolar.WIDTHS},
+    **{name: partial(_bipolar, n) for name, n in bipolar.BITS_OF.items()},
 }

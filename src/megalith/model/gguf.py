@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.base.errors import ModelFormatError, ModelNotFound
+from megalith.model.bipolar import BITS_OF
 from megalith.model.formats import FORMATS
 
 _MAGIC = b"GGUF"
@@ -238,7 +239,7 @@ class _Header:
             raise self._bad(f"has a {OWN_FORMATS_KEY} that is not a list of texts")
         own = {name: kind for name, _, kind in (text.rpartition("=") for text in listed)}
         for name, kind in own.items():
-            if not kind.startswith("BIPOLAR") or kind not in FORMATS:
+            if kind not in BITS_OF:
                 raise self._bad(f"gives tensor {name!r} the format {kind!r} in {OWN_FORMATS_KEY}, which is not known")
         return own
 

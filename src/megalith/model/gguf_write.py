@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def write_gguf(
     try:
         with written_whole(path) as partial, partial.open("xb") as out:
             out.write(header)
-            _write_tensors(out.write, tensors, pieces)
+            write_tensors(out.write, tensors, pieces, _ALIGNMENT)
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
@@ -101,6 +102,11 @@ def check_target(path: Path, total: int, *, force: bool) -> None:
     if path.exists() and not force:
         size = format_bytes(path.stat().st_size)
         raise ConfigError(f"{path} is there already ({size}).", "Give another name, or --force.")
+    check_room(path, total)
+
+
+def check_room(path: Path, total: int) -> None:
+    """Raise MachineError unless there is room for `total` bytes beside `path`."""
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
@@ -130,9 +136,24 @@ def _header(pairs: Sequence[bytes], tensors: Sequence[NewTensor]) -> bytes:
     return body + bytes(_padded(len(body)) - len(body))
 
 
-def _write_tensors(
-    write: Callable[[memoryview | bytes], object], tensors: Sequence[NewTensor], pieces: Iterable[U8]
+class Sized(Protocol):
+    """What must be known of a tensor to write its bytes."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes, without padding."""
+        ...
+
+
+def write_tensors(
+    write: Callable[[memoryview | bytes], object], tensors: Sequence[Sized], pieces: Iterable[U8], alignment: int
 ) -> None:
+    """Write `pieces`, which end where a tensor ends, each tensor padded to a multiple of `alignment`."""
     source = iter(pieces)
     for tensor in tensors:
         left = tensor.num_bytes
@@ -141,7 +162,7 @@ def _write_tensors(
             left -= piece.size
             write(np.ascontiguousarray(piece).data)
         assert left == 0, f"{tensor.name}: pieces cross its end"
-        write(bytes(_padded(tensor.num_bytes) - tensor.num_bytes))
+        write(bytes(-tensor.num_bytes % alignment))
 
 
 def _padded(num_bytes: int) -> int:

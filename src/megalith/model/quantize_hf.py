@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from megalith.base.errors import ConfigError
-from megalith.model.checkpoint import hf_name
+from megalith.model.checkpoint import Checkpoint, hf_name, open_checkpoint
 from megalith.model.compressed import LAYOUT, METHOD
 from megalith.model.gguf_write import NewTensor
 from megalith.model.group_packed import BITS, GROUP, split
 from megalith.model.hf_metadata import metadata_files
-from megalith.model.open import OpenModel, open_model
+from megalith.model.open import open_model
 from megalith.model.quantize import EXACT, FALLBACK, TABLES, U8, Advance, Job, Outcome, Recipe, encoded, outcome_of
 from megalith.model.safetensors_write import Stored, write_directory
 from megalith.model.source import ModelFiles
@@ -50,7 +50,7 @@ def directory_recipe(recipe: Recipe) -> Recipe:
 
 def total_bytes(files: ModelFiles, recipe: Recipe) -> int:
     """Bytes of tensor data that `quantize_directory` will tell `advance` of."""
-    return sum(job.new.num_bytes for job in _jobs(open_model(str(files.path)), directory_recipe(recipe)))
+    return sum(job.new.num_bytes for job in _jobs(open_checkpoint(files), directory_recipe(recipe)))
 
 
 def quantize_directory(
@@ -62,7 +62,7 @@ def quantize_directory(
     model = open_model(str(files.path))
     recipe.check_used(model.checkpoint.names())
     recipe = directory_recipe(recipe)
-    jobs = _jobs(model, recipe)
+    jobs = _jobs(model.checkpoint, recipe)
     tensors = [stored for job in jobs for stored in _stored(job.new)]
     dtype = _DTYPES.get(recipe.to, "float16")
     beside = metadata_files(model, dtype, _quantization(jobs, recipe))
@@ -70,10 +70,9 @@ def quantize_directory(
     return outcome_of(path, size, jobs, recipe)
 
 
-def _jobs(model: OpenModel, recipe: Recipe) -> list[Job]:
+def _jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     """All tensors under Hugging Face's names, in its row order."""
-    checkpoint, spec = model.checkpoint, model.spec
-    jobs = []
+    spec, jobs = checkpoint.spec, []
     for name in checkpoint.names():
         shape = checkpoint.shape(name)
         new = NewTensor(hf_name(name, "model.", spec.post_norms), shape, recipe.format_of(name, shape))

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from megalith.base.errors import ConfigError, MachineError
 from megalith.base.units import format_bytes
+from megalith.model.gguf_write import check_room, write_tensors
 
 U8 = NDArray[np.uint8]
-_DISK_MARGIN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,7 @@ def write_directory(
             (partial / name).write_bytes(body)
         with (partial / "model.safetensors").open("xb") as out:
             out.write(header)
-            for tensor in tensors:
-                left = tensor.num_bytes
-                while left > 0:
-                    piece = next(pieces)
-                    left -= piece.size
-                    out.write(np.ascontiguousarray(piece).data)
-                assert left == 0, f"{tensor.name}: pieces cross its end"
+            write_tensors(out.write, tensors, pieces, 1)
             out.flush()
             os.fsync(out.fileno())
         if path.exists():
@@ -76,17 +70,7 @@ def _check_target(path: Path, total: int, *, force: bool) -> None:
             raise ConfigError(f"{path} is there already.", "Give another name, or --force.")
         if not (path / "config.json").is_file() or any(child.is_dir() for child in path.iterdir()):
             raise ConfigError(f"{path} is not a directory of a model alone: it is not replaced.", "Give another name.")
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise MachineError(
-            f"{path.parent} cannot be written: {error.strerror}.", "Name a folder that exists."
-        ) from None
-    if free < total + _DISK_MARGIN_BYTES:
-        raise MachineError(
-            f"{path} will take {format_bytes(total)}; {path.parent.resolve()} has {format_bytes(free)} free.",
-            "Make room, name another folder, or take a smaller format.",
-        )
+    check_room(path, total)
 
 
 def _header(tensors: Sequence[Stored]) -> bytes:

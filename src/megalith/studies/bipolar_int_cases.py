@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megalith.engine.batch import StepBatch
 from megalith.engine.native import binding, single
 from megalith.engine.native_runner import NativeRunner
-from megalith.model.bipolar import format_name
+from megalith.model.bipolar import BITS_OF, format_name
 from megalith.model.checkpoint import Checkpoint, Tensor, expected_shapes
 from megalith.model.formats import FORMATS
 from megalith.specs import catalog
@@ -65,7 +65,7 @@ def random_raw(rng: np.random.Generator, kind: str, rows: int, columns: int) -> 
     """Random weights, uint8 [rows, row bytes], of a format whose blocks begin with a scale: about 1 / sqrt(columns)."""
     elements, size = FORMATS[kind]
     blocks = rng.integers(0, 256, (rows, columns // elements, size), dtype=np.uint8)
-    peak = 2 ** int(kind[-1]) if kind.startswith("BIPOLAR") else {"Q8_0": 128, "Q4_0": 8}[kind]
+    peak = 2 ** BITS_OF[kind] if kind in BITS_OF else {"Q8_0": 128, "Q4_0": 8}[kind]
     blocks[:, :, :2] = np.array([1.5 / peak / columns**0.5], np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
@@ -82,7 +82,7 @@ def _product(kind: str, bits: int, x: NDArray[np.float32]) -> Callable[[], objec
     """One product, quantising of the activations included."""
     library, rng = binding.load(), np.random.default_rng(1)
     matrix = single.PackedMatrix(library, kind, random_raw(rng, kind, OUTPUTS, INPUTS), (OUTPUTS, INPUTS))
-    if not kind.startswith("BIPOLAR"):
+    if kind not in BITS_OF:
         return lambda: matrix.multiply(x)
     return lambda: matrix.multiply_planes(*single.quantize_planes(library, x, bits))
 
@@ -131,11 +131,8 @@ def _runner(kind: str, bits: int, layers: int) -> NativeRunner:
 
 def _decode(runner: NativeRunner) -> Callable[[], object]:
     """One step of one sequence with CONTEXT tokens before it."""
-    blocks = np.arange(CONTEXT // 16 + 1, dtype=np.int32)[None]
-    one = np.zeros(1, np.int32)
-    starts = np.array([0, CONTEXT], np.int32)
-    runner.logits(StepBatch(np.zeros(CONTEXT, np.int32), np.arange(CONTEXT, dtype=np.int32), starts, blocks, one))
-    batch = StepBatch(one, np.full(1, CONTEXT, np.int32), np.array([0, 1], np.int32), blocks, one)
+    runner.logits(StepBatch.of_one(np.zeros(CONTEXT), 0, [0], runner.block_tokens))
+    batch = StepBatch.of_one([0], CONTEXT, [0], runner.block_tokens)
     return lambda: runner.logits(batch)
 
 

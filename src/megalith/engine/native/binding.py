@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from megalith.base.errors import MachineError, StepFailed
 from megalith.engine.batch import F32, I32, MAX_LOGPROBS, SamplingBatch, StepBatch, StepResult
 from megalith.engine.native import build
+from megalith.model.bipolar import BITS_OF
 
 Array = NDArray[Any]
 FORMATS = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
-    *(f"BIPOLAR{bits}" for bits in range(1, 9)),
+    *BITS_OF,
 )  # fmt: skip
 TENSORS = (
     "q", "k", "v", "o", "gate", "up", "down", "embed", "head", "attn_norm", "ffn_norm", "post_attn_norm",

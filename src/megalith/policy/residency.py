@@ -51,9 +51,7 @@ class LayerWindow:
     window slides over the others. A layer out of turn begins the window anew.
     """
 
-    def __init__(
-        self, count: int, k: int, k_prime: int = 1, keep: Iterable[Part] = (), *, turns: bool = False
-    ) -> None:
+    def __init__(self, count: int, k: int, k_prime: int = 1, keep: Iterable[Part] = (), *, turns: bool = False) -> None:
         self.keep = frozenset(keep)
         self._moving = [part for part in range(count) if part not in self.keep]
         if not 1 <= k_prime <= k or count < 1 or not self.keep <= set(range(count)):
@@ -92,10 +90,8 @@ class LayerWindow:
             window = self._ahead(before)
         elif part not in window and abs(at - before) > 1:
             self._step = 1
-        ran = window.index(part) if part in window else self.k
-        if not window or ran >= self.k_prime:
-            shifted = ran == self.k_prime and ran < self.k
-            window = self._ahead(self._place[window[0]] + self._step * self.k_prime if shifted else at)
+        if part not in window[: self.k_prime]:
+            window = self._ahead(at)
         near, self._window = self._window, window
         load = tuple([other for other in window if other not in near])
         return Change(tuple([other for other in near if other not in window]), load + first)

@@ -64,6 +64,8 @@ class EngineFlags:
     """CPU threads; by default one for each core."""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
+    window: str | None = None
+    """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -73,7 +75,7 @@ class EngineFlags:
             "model": model, "device": self.device, "mode": self.mode, "max_context": self.context,
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
-            "threads": self.threads, "attention": self.attention, "record": self.record,
+            "threads": self.threads, "attention": self.attention, "window": self.window, "record": self.record,
         }  # fmt: skip
 
 

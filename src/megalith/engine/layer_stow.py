@@ -32,6 +32,13 @@ class Piece(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
+    counts: bool
+    """Whether torch counts its versions; never for what was made in inference mode, whose weights do not change."""
+
+    @property
+    def version(self) -> int:
+        """How often the parameter was written to."""
+        return self.parameter._version if self.counts else 0
 
 
 @dataclass(slots=True)
@@ -53,7 +60,7 @@ class Layer:
         for piece in self.pieces:
             raw = data[piece.offset : piece.offset + piece.num_bytes].view(piece.dtype)
             piece.parameter.data = raw.as_strided(piece.shape, piece.stride, raw.storage_offset())
-        self.versions = [version_of(piece.parameter) for piece in self.pieces]
+        self.versions = [piece.version for piece in self.pieces]
 
     def detach(self) -> None:
         """Parameters without memory: their shape over one value that is no number, and that cannot be written to."""
@@ -63,14 +70,14 @@ class Layer:
                 floating = piece.dtype.is_floating_point or piece.dtype.is_complex
                 nothing = torch.full((), float("nan") if floating else 0, dtype=piece.dtype, device=parameter.device)
                 parameter.data = nothing.expand(piece.shape)
-                if not parameter.is_inference():
+                if piece.counts:
                     increment_version([parameter])  # What autograd saved past our hooks is noticed, not misread.
         self.versions = []
 
     @property
     def changed(self) -> bool:
         """Whether somebody wrote to a parameter since it came near, as torch's version counters say."""
-        return bool(self.versions) and self.versions != [version_of(piece.parameter) for piece in self.pieces]
+        return bool(self.versions) and self.versions != [piece.version for piece in self.pieces]
 
 
 class LayerStow:
@@ -97,7 +104,10 @@ class LayerStow:
                     f"Parameters of a window are on {self.device} and {parameter.device}.", "Put them on one device."
                 )
             size = parameter.numel() * parameter.element_size()
-            layer.pieces.append(Piece(parameter, at, size, parameter.dtype, parameter.shape, parameter.stride()))
+            layer.pieces.append(
+                Piece(parameter, at, size, parameter.dtype, parameter.shape, parameter.stride(),
+                      not parameter.is_inference())
+            )  # fmt: skip
             at += -(-size // _ALIGN) * _ALIGN
         layer.num_bytes = -(-at // ALIGN) * ALIGN
         if at:

@@ -119,6 +119,14 @@ class ModuleWindow:
         """The most bytes of them that are near at once."""
         return sum(sorted((layer.num_bytes for layer in self.layers), reverse=True)[: self._policy.cap])
 
+    @property
+    def held_bytes(self) -> int:
+        """Of memory: the ring, and the module's parameters that are in no window."""
+        moved = {id(piece.parameter) for layer in self.layers for piece in layer.pieces}
+        rest = {p.data_ptr(): p.nbytes for p in self.module.parameters() if id(p) not in moved}
+        ring = 0 if self._ring is None else self._ring.slot_bytes * len(self._ring.slots)
+        return ring + sum(rest.values())
+
     def visit(self) -> Iterator[nn.Module]:
         """Each layer in turn while it is near: for an optimizer's step of its parameters, for one."""
         for part, layer in enumerate(self.layers):

@@ -21,7 +21,7 @@ from megalith.plan.explain import plan_text
 from megalith.plan.request import DEVICE_SHARE, ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
-from megalith.policy.weight_window import lay_out, least_bytes
+from megalith.policy.weight_window import LayerShare, lay_out, least_bytes, parse_window, share_layers
 from megalith.specs.plan import ServePlan
 from megalith.tier.memory import HUGE_PAGE_BYTES
 
@@ -62,6 +62,8 @@ class EngineSettings(Protocol):
     def threads(self) -> int | None: ...  # noqa: D102
     @property
     def weights(self) -> str: ...  # noqa: D102
+    @property
+    def window(self) -> str | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Fit:
     """The plan in a few lines, for the terminal."""
     window_bytes: int | None = None
     """Memory that the weights stream through, where they do not stay."""
+    layers: LayerShare | None = None
+    """Which layers are in memory, where the torch runner has a window of them."""
 
 
 def check_fits(
@@ -109,8 +113,13 @@ def check_fits(
         blocks = max(one, min(room, _wanted(config, request)))
         needed = _with(request, num_blocks=blocks, num_host_blocks=blocks if swap else host_blocks)
     plan = plan_serve(needed)
-    if kind == "native" and config.device == "cpu" and _may_stream(config, plan.fits):
-        streamed = window_request(config, base_request(config, kind, model or resolve(config.model), kv_format))
+    layers = None
+    if _may_stream(config, plan.fits):
+        plain = base_request(config, kind, model or resolve(config.model), kv_format)
+        if kind == "native":
+            streamed = window_request(config, plain)
+        else:
+            streamed, layers = layer_request(config, plain)
         if streamed is not None:
             needed, request = streamed, streamed
             blocks, plan = streamed.wanted_blocks(), plan_serve(streamed)
@@ -118,13 +127,35 @@ def check_fits(
         raise does_not_fit(plan)
     return Fit(
         kind, request.context, blocks, needed.num_host_blocks, request.limit_bytes, plan, plan_text(plan),
-        needed.window_bytes,
+        needed.window_bytes, layers,
     )  # fmt: skip
 
 
 def _may_stream(config: EngineSettings, fits: bool) -> bool:
     choice = config.weights
-    return choice == "window" or (choice == "auto" and not fits)
+    return choice == "window" or config.window is not None or (choice == "auto" and not fits)
+
+
+def layer_request(config: EngineSettings, request: ServeRequest) -> tuple[ServeRequest | None, LayerShare | None]:
+    """`request` with a window of layers, as asked for or as the limit allows, and which; None where none fits.
+
+    Embedding and head stay in memory. A window that was asked for is planned even where it does not fit.
+    """
+    spec, weights = request.spec, request.weights
+    layer, stays = -(-weights.layers // spec.num_layers), weights.head + weights.tables
+    if config.window is not None:
+        share: LayerShare | None = parse_window(config.window, spec.num_layers)
+    else:
+        share = None
+    least = stays + layer * (min(2, spec.num_layers) if share is None else share.near)
+    sized = _beside_window(config, request, least)
+    left = int((request.limit_bytes - need_bytes(sized, sized.wanted_blocks())[1]) / 1.05)
+    if share is None:
+        if left < least:
+            return None, None
+        share = share_layers(spec.num_layers, layer, left - stays)
+    needed = stays + layer * share.near
+    return msgspec.structs.replace(sized, window_bytes=needed, stream_bytes=share.streamed * layer), share
 
 
 def window_request(config: EngineSettings, request: ServeRequest) -> ServeRequest | None:
@@ -136,7 +167,18 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
         return None
     sizes = piece_bytes(request.spec, request.weights)
     least = least_bytes(sizes, HUGE_PAGE_BYTES)
-    empty = _with(request, window_bytes=least, num_host_blocks=config.num_host_blocks or 0)
+    empty = _beside_window(config, request, least)
+    left = int((request.limit_bytes - need_bytes(empty, empty.wanted_blocks())[1]) / 1.02)
+    if left < least:
+        return None
+    layout = lay_out(sizes, left, HUGE_PAGE_BYTES)
+    streamed = sum(sizes[piece] for piece in layout.streamed)
+    return msgspec.structs.replace(empty, window_bytes=left if streamed else layout.num_bytes, stream_bytes=streamed)
+
+
+def _beside_window(config: EngineSettings, request: ServeRequest, least_bytes: int) -> ServeRequest:
+    """Context and KV blocks beside a window of at least so many bytes, whose own bytes are then 0."""
+    empty = _with(request, window_bytes=least_bytes, num_host_blocks=config.num_host_blocks or 0)
     room = blocks_that_fit(empty)
     one = blocks_for(request.context, request.block_tokens)
     block = device_block_bytes(request.spec, request.memory_request(1))
@@ -145,13 +187,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
         request = _shorter(request, min(room, share))
         one = blocks_for(request.context, request.block_tokens)
     blocks = config.num_blocks or max(one, min(room, share, _wanted(config, request)))
-    empty = _with(request, num_blocks=blocks, num_host_blocks=empty.num_host_blocks, window_bytes=0)
-    left = int((request.limit_bytes - need_bytes(empty, blocks)[1]) / 1.02)
-    if left < least:
-        return None
-    layout = lay_out(sizes, left, HUGE_PAGE_BYTES)
-    streamed = sum(sizes[piece] for piece in layout.streamed)
-    return msgspec.structs.replace(empty, window_bytes=left if streamed else layout.num_bytes, stream_bytes=streamed)
+    return _with(request, num_blocks=blocks, num_host_blocks=empty.num_host_blocks, window_bytes=0)
 
 
 def kind_of(config: EngineSettings) -> RunnerKind:

@@ -56,13 +56,13 @@ class ServeRequest(Config, kw_only=True):
     window_bytes: int | None = None
     """Weights are streamed from disk through so much memory; None: they stay in memory."""
     stream_bytes: int = 0
-    """What a step then reads from the disk."""
+    """What a step then reads from the disk, or a CUDA device from host memory."""
 
     def cost(self) -> CostModel:
         """What steps of the plan take."""
         cost = CostModel(self.spec, self.profile, self.weights, self.kv_format, self.devices)
         if self.window_bytes is not None:
-            return StreamingCostModel(cost, self.stream_bytes, disk_bytes_per_s(self.profile)[0])
+            return StreamingCostModel(cost, self.stream_bytes, self.stream_rate()[0])
         if not self.peer_layers and not self.host_layers:
             return cost
         return BorrowingCostModel(
@@ -70,6 +70,12 @@ class ServeRequest(Config, kw_only=True):
             loans(self.weights, self.spec.num_layers, self.devices, self.profile, self.peer_layers, self.host_layers,
                   self.host_bytes_per_s),
         )  # fmt: skip
+
+    def stream_rate(self) -> tuple[float, str]:
+        """(bytes a second, where that is from) of what windows are filled from."""
+        if self.profile.kind == "cuda":
+            return self.host_bytes_per_s, "assumed for PCIe 4.0 x16"
+        return disk_bytes_per_s(self.profile)
 
     def memory_request(self, num_blocks: int) -> MemoryRequest:
         """The memory question for a pool of `num_blocks` blocks."""

@@ -14,7 +14,6 @@ from megalith.cost.compute import CostModel, StepCost
 from megalith.cost.memory import blocks_for, kv_bytes_per_token
 from megalith.cost.parameters import active_parameters, count
 from megalith.cost.profile import band_for
-from megalith.cost.streaming import disk_bytes_per_s
 from megalith.plan.remedies import remedies
 from megalith.plan.request import ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.specs.plan import BatchPoint, Estimate, ServePlan
@@ -123,10 +122,11 @@ def _notes(request: ServeRequest) -> tuple[str, ...]:
         )
     notes += _borrowed(request)
     if request.window_bytes is not None:
-        rate, source = disk_bytes_per_s(request.profile)
+        rate, source = request.stream_rate()
+        where = "host memory" if request.profile.kind == "cuda" else "disk"
         notes.append(
             f"Weights do not stay in memory: a step reads {format_bytes(request.stream_bytes)} of "
-            f"{format_bytes(request.weights.total)} from disk, {request.stream_bytes / rate:.2f} s at "
+            f"{format_bytes(request.weights.total)} from {where}, {request.stream_bytes / rate:.2f} s at "
             f"{format_bytes(round(rate))}/s ({source}; the time is predicted)."
         )
     if request.profile.power is not None:

@@ -32,6 +32,9 @@ SPEED_CONTEXT = 1024
 _KV_SHARE = 0.25
 """Part of the free memory that KV may take when no limit was given."""
 
+_WINDOW_SLACK = 1.05
+"""Over the bytes of a window of layers: the margin of the torch runner, and rounding."""
+
 
 class EngineSettings(Protocol):
     """The fields of `engine.api.EngineConfig` that decide memory."""
@@ -143,13 +146,10 @@ def layer_request(config: EngineSettings, request: ServeRequest) -> tuple[ServeR
     """
     spec, weights = request.spec, request.weights
     layer, stays = -(-weights.layers // spec.num_layers), weights.head + weights.tables
-    if config.window is not None:
-        share: LayerShare | None = parse_window(config.window, spec.num_layers)
-    else:
-        share = None
+    share = None if config.window is None else parse_window(config.window, spec.num_layers)
     least = stays + layer * (min(2, spec.num_layers) if share is None else share.near)
-    sized = _beside_window(config, request, least)
-    left = int((request.limit_bytes - need_bytes(sized, sized.wanted_blocks())[1]) / 1.05)
+    sized = _beside_window(config, request, int(_WINDOW_SLACK * least))
+    left = int((request.limit_bytes - need_bytes(sized, sized.wanted_blocks())[1]) / _WINDOW_SLACK)
     if share is None:
         if left < least:
             return None, None

@@ -74,8 +74,9 @@ class LayerShare:
 
     @property
     def streamed(self) -> int:
-        """Layers that a step brings."""
-        return 0 if self.near == self.count else self.count - len(self.keep)
+        """Layers that a step brings, in the mean rounded up: a long stride in a large window finds some there."""
+        moving = self.count - len(self.keep)
+        return 0 if self.near == self.count else -(-moving * min(self.k_prime, moving - self.k) // self.k_prime)
 
 
 def parse_window(text: str, count: int) -> LayerShare:

@@ -6,7 +6,8 @@ times (`walk_ns`). For equal layers and a window with k > k' it comes to
 
     inference: max(L c + rest, n m)        training: at least max(L (c + b) + rest, 2 (L - k) m)
 
-with L layers of c forward and b backward, n moves of m each (`moves`); for k = k' nothing overlaps across the windows. Knows times and turns; the policy that says what is asked for is given, and it must not know one.
+with L layers of c forward and b backward, n moves of m each (`moves`); for k = k' nothing overlaps from one window to
+the next. Knows times and turns; the policy that says what is asked for is given.
 """
 
 from __future__ import annotations

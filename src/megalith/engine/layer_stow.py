@@ -6,8 +6,9 @@ without memory keep their shape. Knows parameters and bytes; must not know which
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,6 +119,7 @@ class LayerStow:
                 self.far.write(len(self.layers), view)
         self.layers.append(layer)
         layer.detach()
+        _trim()
 
     def restore(self, part: int) -> None:
         """Have a layer's parameters in memory of their own again."""
@@ -129,6 +131,12 @@ class LayerStow:
             for piece in layer.pieces:
                 raw = flat[piece.offset : piece.offset + piece.num_bytes].clone().to(piece.parameter.device)
                 piece.parameter.data = raw.view(piece.dtype).as_strided(piece.shape, piece.stride)
+
+
+def _trim() -> None:
+    """Have the C library give free memory back: torch's aligned blocks leave gaps in its heap that nobody fills."""
+    with suppress(OSError, AttributeError):  # Only glibc has it, and only glibc needs it.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

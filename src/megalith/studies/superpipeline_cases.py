@@ -144,12 +144,12 @@ def curve(options: Mapping[str, Any]) -> Figures:
 
     model, images = _vision(), _images()
     train = options["kind"] == "training"
-    k, k_prime = int(options["k"]), int(options["k_prime"])
     model.train(train)
     layer_bytes = sum(parameter.nbytes for parameter in model.layers[0].parameters())
     if options["arm"] != "window":
         times = [_step(model, images, train) for _ in range(_REPEATS + 1)][1:]
         return {"step_s": median(sum(two) for two in times) / NS_PER_S, "near_mb": LAYERS * layer_bytes / MIB}
+    k, k_prime = int(options["k"]), int(options["k_prime"])
     before = [_step(model, images, train) for _ in range(_REPEATS + 1)][1:]
     layers, model.layers = model.layers, torch.nn.ModuleList()
     rest = [_step(model, images, train) for _ in range(_REPEATS)]

@@ -63,6 +63,31 @@ def test_layer_windows(data: st.DataObject) -> None:
         near.need(part)
 
 
+@given(data=st.data())
+def test_windows_that_walk_up_and_down(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 9))
+    k = data.draw(st.integers(1, 12))
+    keep = data.draw(st.sets(st.integers(0, count - 1)))
+    policy = LayerWindow(count, k, data.draw(st.integers(1, k)), keep, turns=True)
+    near = Near(policy, one, policy.cap)
+    moving = count - len(keep)
+    for _ in range(3):
+        begun = near.loads
+        for part in [*range(count), *reversed(range(count))]:
+            near.need(part)
+    if moving:
+        assert near.loads - begun == 2 * max(0, moving - policy.k), "at both ends nothing is loaded"
+    for part in data.draw(st.lists(st.integers(0, count - 1), max_size=20)):
+        near.need(part)
+
+
+def test_superpipelines_window_walks_down_again() -> None:
+    near = Near(LayerWindow(8, k=4, k_prime=2, turns=True), one, 4)
+    loads = [near.need(part).load for part in [*range(8), *reversed(range(8)), *range(3)]]
+    assert loads[:8] == [(0, 1, 2, 3), (), (4, 5), (), (6, 7), (), (), ()]
+    assert loads[8:] == [(), (), (3, 2), (), (1, 0), (), (), (), (), (), (4, 5)]
+
+
 def test_superpipelines_window_moves_k_prime_layers_at_a_time() -> None:
     near = Near(LayerWindow(8, k=4, k_prime=2), one, 4)
     changes = [near.need(part) for part in [*range(8), 0]]

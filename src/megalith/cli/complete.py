@@ -56,10 +56,13 @@ class Where:
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
 
+    window: str | None = None
+    """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
+
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
         settings: dict[str, Any] = {"device": self.device, "mode": self.mode, "threads": self.threads}
-        settings |= {"attention": self.attention, "max_context": self.context}
+        settings |= {"attention": self.attention, "window": self.window, "max_context": self.context}
         settings["activation_bits"] = self.activation_bits
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):

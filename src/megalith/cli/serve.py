@@ -66,6 +66,8 @@ class EngineFlags:
     """Bits of activations beside bipolar weights, 1 to 8. [default: what the file says, else 8]"""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
+    window: str | None = None
+    """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -75,7 +77,7 @@ class EngineFlags:
             "model": model, "device": self.device, "mode": self.mode, "max_context": self.context,
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
-            "threads": self.threads, "attention": self.attention, "record": self.record,
+            "threads": self.threads, "attention": self.attention, "window": self.window, "record": self.record,
             "activation_bits": self.activation_bits,
         }  # fmt: skip
 

@@ -26,7 +26,11 @@ class EngineConfig(Config):
     memory_bytes: int | None = None
     """Hard limit for weights + KV + activations of this instance; None: what the machine has free, less a margin."""
     weights: Literal["auto", "resident", "window"] = "auto"
-    """window: the native backend streams weights from disk through what memory is left. auto: where they do not fit."""
+    """window: weights stream through what memory is left, from disk (to a CUDA device from host memory): pieces of
+    them in the native backend, whole layers in the torch runner. auto: where they do not fit."""
+    window: str | None = None
+    """`K` or `K,K'`: K layers are in memory, and when K' have run, those go and as many come (torch runner). None: what
+    the limit allows."""
     activation_bits: int | None = None
     """Bits, 1 to 8, of the activations that bipolar weights are multiplied with; None: what the file says, else 8."""
     max_context: int | None = None

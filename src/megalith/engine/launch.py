@@ -170,6 +170,8 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
         return "torch-cpu", f"torch on the CPU in {config.mode}"
     away = parse_attention(config.attention).elsewhere
     reason = f"attention runs in {config.attention}" if away else why_not_native(model)
+    if config.window is not None and reason is None:
+        reason = "a window of layers is one over torch modules."
     if reason is None:
         return "native", "native CPU backend"
     if config.mode == "native":
@@ -257,7 +259,7 @@ def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress
     return TorchRunner(
         model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
-        threads=threads, attention=parse_attention(config.attention),
+        threads=threads, attention=parse_attention(config.attention), layers=fit.layers,
     )  # fmt: skip
 
 

@@ -59,13 +59,19 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         make_linear: LinearFactory = plain_linear,
+        made: Callable[[nn.Module], None] | None = None,
     ) -> None:
+        """`made` is told of each layer when it has its weights, before the next one is read."""
         super().__init__()
         self.spec = spec = checkpoint.spec
         self.dtype, self.device = dtype, torch.device(device)
         weights = _Weights(checkpoint, dtype, self.device, make_linear)
         self.embedding = nn.Parameter(weights.tensor("embed.weight"), requires_grad=False)
-        self.layers = nn.ModuleList(_Layer(spec, weights, i) for i in range(spec.num_layers))
+        self.layers = nn.ModuleList()
+        for i in range(spec.num_layers):
+            self.layers.append(_Layer(spec, weights, i))
+            if made is not None:
+                made(self.layers[i])
         self.final_norm = weights.norm("final_norm.weight", spec.norm_eps)
         # A tied head is the embedding, seen as a linear layer: no second copy unless the factory makes one.
         head = self.embedding.data if spec.tied_embeddings else weights.tensor("head.weight")

@@ -18,16 +18,20 @@ from megalith.cost.profile import RunnerKind
 from megalith.cost.streaming import DiskRate
 from megalith.plan import machine
 from megalith.plan.explain import plan_text
-from megalith.plan.request import DEVICE_SHARE, SMALLEST_CONTEXT, ServeRequest, blocks_that_fit, check
+from megalith.plan.request import DEVICE_SHARE, SMALLEST_CONTEXT, ServeRequest, blocks_that_fit, check, need_bytes
 from megalith.plan.serve import plan_serve
 from megalith.plan.source import PlannedModel, resolve
 from megalith.plan.window import can_stream, least_window, streaming
+from megalith.policy.layer_share import LayerShare, parse_window, share_layers
 from megalith.specs.plan import ServePlan
 
 SPEED_CONTEXT = 1024
 """Context of the speeds that the serving verbs print; few requests are longer."""
 _KV_SHARE = 0.25
 """Part of the free memory that KV may take when no limit was given."""
+
+_WINDOW_SLACK = 1.05
+"""Over the bytes of a window of layers: the margin of the torch runner, and rounding."""
 
 
 class EngineSettings(Protocol):
@@ -59,6 +63,8 @@ class EngineSettings(Protocol):
     def threads(self) -> int | None: ...  # noqa: D102
     @property
     def weights(self) -> str: ...  # noqa: D102
+    @property
+    def window(self) -> str | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Fit:
     """The plan in a few lines, for the terminal."""
     window_bytes: int | None = None
     """Memory that the weights stream through, where they do not stay."""
+    layers: LayerShare | None = None
+    """Which layers are in memory, where the torch runner has a window of them."""
 
 
 def check_fits(
@@ -107,9 +115,14 @@ def check_fits(
         blocks = max(one, min(room, _wanted(config, request)))
         needed = _with(request, num_blocks=blocks, num_host_blocks=blocks if swap else host_blocks)
     plan = plan_serve(needed)
-    if kind == "native" and config.device == "cpu" and _may_stream(config, plan.fits):
+    layers = None
+    if _may_stream(config, plan.fits):
         base = base_request(config, kind, model or resolve(config.model), kv_format)
-        streamed = window_request(config, msgspec.structs.replace(base, disk=disk))
+        streamed: ServeRequest | None
+        if kind == "native":
+            streamed = window_request(config, msgspec.structs.replace(base, disk=disk))
+        else:
+            streamed, layers = layer_request(config, base)
         if streamed is not None:
             needed, request = streamed, streamed
             blocks, plan = streamed.wanted_blocks(), plan_serve(streamed)
@@ -117,13 +130,33 @@ def check_fits(
         raise does_not_fit(plan)
     return Fit(
         kind, request.context, blocks, needed.num_host_blocks, request.limit_bytes, plan, plan_text(plan),
-        needed.window_bytes,
+        needed.window_bytes, layers,
     )  # fmt: skip
 
 
 def _may_stream(config: EngineSettings, fits: bool) -> bool:
     choice = config.weights
-    return choice == "window" or (choice == "auto" and not fits)
+    return choice == "window" or config.window is not None or (choice == "auto" and not fits)
+
+
+def layer_request(config: EngineSettings, request: ServeRequest) -> tuple[ServeRequest | None, LayerShare | None]:
+    """`request` with a window of layers, as asked for or as the limit allows, and which; None where none fits.
+
+    Embedding and head stay in memory. A window that was asked for is planned even where it does not fit.
+    """
+    spec, weights = request.spec, request.weights
+    layer, stays = -(-weights.layers // spec.num_layers), weights.head + weights.tables
+    share = None if config.window is None else parse_window(config.window, spec.num_layers)
+    least = stays + layer * (min(2, spec.num_layers) if share is None else share.near)
+    sized = _beside_window(config, _with(request, window_bytes=int(_WINDOW_SLACK * least)))
+    sized = _with(sized, window_bytes=0)
+    left = int((request.limit_bytes - need_bytes(sized, sized.wanted_blocks())[1]) / _WINDOW_SLACK)
+    if share is None:
+        if left < least:
+            return None, None
+        share = share_layers(spec.num_layers, layer, left - stays)
+    needed = stays + layer * share.near
+    return msgspec.structs.replace(sized, window_bytes=needed, stream_bytes=share.streamed * layer), share
 
 
 def window_request(config: EngineSettings, request: ServeRequest) -> ServeRequest | None:
@@ -133,8 +166,13 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
     """
     if not can_stream(request):
         return None
+    return streaming(_beside_window(config, least_window(request)))
+
+
+def _beside_window(config: EngineSettings, request: ServeRequest) -> ServeRequest:
+    """Context and KV blocks beside the window of the request, which has the smallest that there can be."""
     host_blocks = config.num_host_blocks or 0
-    room = blocks_that_fit(_with(least_window(request), num_host_blocks=host_blocks))
+    room = blocks_that_fit(_with(request, num_host_blocks=host_blocks))
     one = blocks_for(request.context, request.block_tokens)
     block = device_block_bytes(request.spec, request.memory_request(1))
     share = int(_KV_SHARE * request.limit_bytes) // block
@@ -142,7 +180,7 @@ def window_request(config: EngineSettings, request: ServeRequest) -> ServeReques
         request = _shorter(request, min(room, share))
         one = blocks_for(request.context, request.block_tokens)
     blocks = config.num_blocks or max(one, min(room, share, _wanted(config, request)))
-    return streaming(_with(request, num_blocks=blocks, num_host_blocks=host_blocks))
+    return _with(request, num_blocks=blocks, num_host_blocks=host_blocks)
 
 
 def kind_of(config: EngineSettings) -> RunnerKind:

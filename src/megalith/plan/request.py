@@ -58,12 +58,14 @@ class ServeRequest(Config, kw_only=True):
     window_bytes: int | None = None
     """Weights are streamed from disk through so much memory; None: they stay in memory."""
     stream_bytes: int = 0
-    """What a step then reads from the disk."""
+    """What a step then reads from the disk, or a CUDA device from host memory."""
     disk: DiskRate | None = None
     """Measured at the start; None: what `probe` measured, else an assumption."""
 
     def disk_rate(self) -> DiskRate:
-        """What streaming gets of the disk."""
+        """What streaming gets of the disk, or a CUDA device of host memory."""
+        if self.profile.kind == "cuda":
+            return DiskRate(bytes_per_s=self.host_bytes_per_s, source="assumed for PCIe 4.0 x16")
         return self.disk or disk_rate(self.profile)
 
     def cost(self) -> CostModel:

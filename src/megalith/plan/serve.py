@@ -124,9 +124,10 @@ def _notes(request: ServeRequest) -> tuple[str, ...]:
     notes += _borrowed(request)
     if request.window_bytes is not None:
         disk = request.disk_rate()
+        where = "host memory" if request.profile.kind == "cuda" else "disk"
         notes.append(
             f"Weights do not stay in memory: a step reads {format_bytes(request.stream_bytes)} of "
-            f"{format_bytes(request.weights.total)} from disk, {request.stream_bytes / disk.bytes_per_s:.2f} s at "
+            f"{format_bytes(request.weights.total)} from {where}, {request.stream_bytes / disk.bytes_per_s:.2f} s at "
             f"{format_bytes(round(disk.bytes_per_s))}/s ({disk.source}; the time is predicted)."
         )
     if request.profile.power is not None:

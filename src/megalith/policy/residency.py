@@ -46,11 +46,12 @@ class ResidencyPolicy(Protocol):
 class LayerWindow:
     """A window of `k` of `count` layers; when `k_prime` of them have run, those go and as many come.
 
-    Superpipeline (arXiv:2410.08791). After the last layer comes the first of the next step. Layers in `keep` never
-    leave and are not counted in k: the window slides over the others. A layer out of turn begins the window anew.
+    Superpipeline (arXiv:2410.08791). After the last layer comes the first of the next step; where the walk `turns`, as
+    forward and backward do, the last again and then down. Layers in `keep` never leave and are not counted in k: the
+    window slides over the others. A layer out of turn begins the window anew.
     """
 
-    def __init__(self, count: int, k: int, k_prime: int = 1, keep: Iterable[Part] = ()) -> None:
+    def __init__(self, count: int, k: int, k_prime: int = 1, keep: Iterable[Part] = (), *, turns: bool = False) -> None:
         self.keep = frozenset(keep)
         self._moving = [part for part in range(count) if part not in self.keep]
         if not 1 <= k_prime <= k or count < 1 or not self.keep <= set(range(count)):
@@ -59,10 +60,13 @@ class LayerWindow:
                 "Take 1 <= k' <= k, and keep layers that there are.",
             )
         self._place = {part: place for place, part in enumerate(self._moving)}
-        self.k, self.k_prime = min(k, len(self._moving)), k_prime
+        self.k, self.k_prime, self.turns = min(k, len(self._moving)), k_prime, turns
         self.cap = self.k + len(self.keep)
         """The most layers that are near at any moment."""
         self._window: tuple[Part, ...] = ()
+        """In the order in which they run next."""
+        self._at, self._step = 0, 1
+        """Place of the layer that runs, and the direction of the walk."""
         self._kept = False
 
     @property
@@ -77,16 +81,29 @@ class LayerWindow:
         self._kept = True
         if part in self.keep:
             return Change(load=first)
-        at, window = self._place[part], self._window
-        ran = window.index(part) if part in window else self.k
-        if window and ran < self.k_prime:
-            return Change(load=first)
-        begin = self._place[window[0]] + self.k_prime if ran == self.k_prime and ran < self.k else at
+        at, before, window = self._place[part], self._at, self._window
+        self._at = at
         if len(window) == len(self._moving):
             return Change(load=first)  # All of them fit.
-        self._window = tuple([self._moving[(begin + n) % len(self._moving)] for n in range(self.k)])
-        load = tuple([other for other in self._window if other not in window])
-        return Change(tuple([other for other in window if other not in self._window]), load + first)
+        if self.turns and window and at == before - self._step:
+            self._step = -self._step
+            window = self._ahead(before)
+        elif part not in window and abs(at - before) > 1:
+            self._step = 1
+        if part not in window[: self.k_prime]:
+            window = self._ahead(at)
+        near, self._window = self._window, window
+        load = tuple([other for other in window if other not in near])
+        return Change(tuple([other for other in near if other not in window]), load + first)
+
+    def _ahead(self, begin: int) -> tuple[Part, ...]:
+        """The k layers that run next from place `begin` on, each once."""
+        count, step = len(self._moving), self._step
+        if not self.turns:
+            return tuple([self._moving[(begin + n) % count] for n in range(self.k)])
+        rest = range(begin, count if step > 0 else -1, step)
+        back = range(begin - step, -1 if step > 0 else count, -step)
+        return tuple([self._moving[place] for place in (*rest, *back)][: self.k])
 
 
 class SlidingWindow(LayerWindow):

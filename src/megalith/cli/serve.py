@@ -64,6 +64,14 @@ class EngineFlags:
     """CPU threads; by default one for each core."""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
+    tensor_parallel: int | None = None
+    """Processes that the model is cut over (torch runner, this machine). [default: 1]"""
+    collective: str | None = None
+    """How they add up: star or ring. [default: star]"""
+    link: str | None = None
+    """Latency, or latency/bytes a second, imposed between them: 2ms, 2ms/125MB."""
+    window_blocks: int | None = None
+    """Attention and FFN blocks that each keeps in memory; the rest streams from disk. [default: all]"""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -74,6 +82,8 @@ class EngineFlags:
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
             "threads": self.threads, "attention": self.attention, "record": self.record,
+            "tensor_parallel": self.tensor_parallel, "collective": self.collective, "link": self.link,
+            "window_blocks": self.window_blocks,
         }  # fmt: skip
 
 

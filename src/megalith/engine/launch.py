@@ -25,6 +25,7 @@ from megalith.engine.attention_option import check_attention, check_room, parse_
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.parallel.option import ParallelOption, check_parallel
 from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
 from megalith.model.open import OpenModel, open_model
@@ -92,6 +93,7 @@ def build_engine(
     with spans.of("open the model", progress):
         model = open_model(config.model)
     option = check_attention(config, model.spec)
+    parallel = check_parallel(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         fit = _sizes(config, model, kind)
@@ -99,7 +101,7 @@ def build_engine(
     if on_plan is not None:
         on_plan(fit)
     with spans.of("load the weights", progress):
-        runner = _runner(config, model, fit, progress)
+        runner = _runner(config, model, fit, parallel, progress)
     with spans.of("put it together", progress):
         engine = assemble(config, model, runner, fit.max_context)
     held = sum(runner.memory_bytes().values())
@@ -146,6 +148,8 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
     if config.mode in ("float32", "bf16"):
         return "torch-cpu", f"torch on the CPU in {config.mode}"
     away = parse_attention(config.attention).elsewhere
+    if config.tensor_parallel > 1 or config.window_blocks:
+        return "torch-cpu", f"torch on the CPU in bf16, {config.tensor_parallel} ranks"
     reason = f"attention runs in {config.attention}" if away else why_not_native(model)
     if reason is None:
         return "native", "native CPU backend"
@@ -187,8 +191,17 @@ def why_not_native(model: OpenModel) -> str | None:
     return supports(model.spec, model.checkpoint)
 
 
-def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress | None) -> Runner:
+def _runner(
+    config: EngineConfig, model: OpenModel, fit: Fit, parallel: ParallelOption, progress: Progress | None
+) -> Runner:
     threads = config.threads or machine.cores()
+    if parallel.used:
+        from megalith.engine.parallel.runner import TensorParallelRunner
+
+        return TensorParallelRunner(
+            model, parallel, dtype="float32" if config.mode == "float32" else "bf16",
+            block_tokens=config.block_tokens, num_blocks=fit.num_blocks, threads=threads,
+        )  # fmt: skip
     if fit.kind == "native":
         from megalith.engine.native_runner import NativeRunner
 

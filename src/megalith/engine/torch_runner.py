@@ -22,7 +22,7 @@ from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
 from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16, packed_linear
 from megalith.model.checkpoint import Checkpoint
-from megalith.model.transformer import Attend, Transformer, plain_linear
+from megalith.model.transformer import Attend, LinearFactory, Transformer, plain_linear
 from megalith.specs.model import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -50,16 +50,13 @@ class TorchRunner:
         threads: int | None = None,
         widen: bool | None = None,
         attention: AttentionOption = HERE,
+        make_linear: LinearFactory | None = None,
     ) -> None:
         self._device = open_device(device)
         on_cpu = self._device.type == "cpu"
         if on_cpu and threads is not None:
             torch.set_num_threads(threads)
-        if dtype == "bf16" and widen is None:
-            widen = on_cpu and not cpu_has_bf16()
-            if widen:
-                log.info("this processor has no bfloat16 instructions: weights stay float32, KV is bfloat16")
-        compute = torch.float32 if dtype == "float32" or widen else torch.bfloat16
+        compute, kv_type = working_types(dtype, on_cpu=on_cpu, widen=widen)
         self.name = f"torch-{self._device.type}-{dtype}"
         self.vocab = spec.vocab
         self.block_tokens = block_tokens
@@ -67,7 +64,6 @@ class TorchRunner:
         self.num_host_blocks = num_host_blocks
         self._spec = spec
         self._windows = [spec.layer_window(layer) for layer in range(spec.num_layers)]
-        kv_type = torch.float32 if dtype == "float32" else torch.bfloat16
         self.elsewhere: KvElsewhere | None = None
         """Where KV is, when it is not here."""
         if attention.elsewhere:
@@ -76,9 +72,8 @@ class TorchRunner:
             self.num_blocks = self.elsewhere.num_blocks
             num_blocks = num_host_blocks = self.num_host_blocks = 0
         with torch.inference_mode():
-            self._model = Transformer(
-                checkpoint, dtype=compute, device=self._device, make_linear=packed_linear if on_cpu else plain_linear
-            )
+            factory = make_linear or (packed_linear if on_cpu else plain_linear)
+            self._model = Transformer(checkpoint, dtype=compute, device=self._device, make_linear=factory)
             self._kv = PagedKv(
                 (spec.num_layers, spec.num_kv_heads, spec.head_dim),
                 blocks=(num_blocks, num_host_blocks),
@@ -144,11 +139,27 @@ class TorchRunner:
             attend = StepAttention(self._kv, batch, self._windows, self._spec.attention_scale)
         tokens_M = torch.from_numpy(batch.tokens_M.astype(np.int64)).to(self._device)
         positions_M = torch.from_numpy(batch.positions_M.astype(np.int64)).to(self._device)
-        hidden_MD = self._model(tokens_M, positions_M, attend)
+        hidden_MD = self._model.embed(tokens_M)
+        self._announce(batch, hidden_MD)
+        hidden_MD = self._model.run(hidden_MD, positions_M, attend)
         if batch.output_rows_N.size == 0:
             return torch.empty((0, self.vocab), dtype=torch.float32)
         rows_N = torch.from_numpy(batch.output_rows_N.astype(np.int64)).to(self._device)
         return self._model.head(hidden_MD[rows_N])
+
+    def _announce(self, batch: StepBatch, hidden_MD: Tensor) -> None:
+        """For who runs a step together with others: before the layers run."""
+
+
+def working_types(dtype: DTypeName, *, on_cpu: bool, widen: bool | None = None) -> tuple[torch.dtype, torch.dtype]:
+    """(of weights and activations, of KV)."""
+    if dtype == "float32":
+        return torch.float32, torch.float32
+    if widen is None:
+        widen = on_cpu and not cpu_has_bf16()
+        if widen:
+            log.info("this processor has no bfloat16 instructions: weights stay float32, KV is bfloat16")
+    return torch.float32 if widen else torch.bfloat16, torch.bfloat16
 
 
 def open_device(name: str) -> torch.device:

@@ -82,7 +82,7 @@ class BlockWindow:
     def weight(self, block: int, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """A matrix of the block that runs now; valid until another block is asked for. Raises TierError."""
         if self._policy is None:
-            raise TierError("A window was used before it was complete.")
+            raise TierError("A window was used before it was complete, or after it was closed.")
         change = self._policy.need(block)
         for gone in change.drop:
             self._drop(gone)
@@ -114,6 +114,7 @@ class BlockWindow:
 
     def close(self) -> None:
         """Idempotent."""
+        self._policy = None
         self._mover.close()
         self._tickets.clear()
         for buffer in (*self._held.values(), *(spare for spares in self._free.values() for spare in spares)):

@@ -7,6 +7,7 @@ to neighbours in a ring, or -1.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -110,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # torch takes seconds to take itself apart on a busy machine, and nothing here outlives the process

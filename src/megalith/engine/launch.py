@@ -178,8 +178,22 @@ def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
 
         if not cpu_has_bf16():  # the torch runner then holds float32 weights beside bfloat16 KV
             wide = msgspec.structs.replace(config, mode="float32")
-            return check_fits(wide, kind=kind, model=planned, kv_format="bf16")
-    return check_fits(config, kind=kind, model=planned)
+            resident = _windows_bytes(wide, model)
+            return check_fits(wide, kind=kind, model=planned, kv_format="bf16", resident_bytes=resident)
+    return check_fits(config, kind=kind, model=planned, resident_bytes=_windows_bytes(config, model))
+
+
+def _windows_bytes(config: EngineConfig, model: OpenModel) -> int | None:
+    """Of all ranks together where their layers go through windows, and what more processes take; None: they do not."""
+    if not config.window_blocks:
+        return None
+    from megalith.plan.tensor_parallel import RanksQuestion, held_bytes
+
+    question = RanksQuestion(
+        spec=model.spec, profile=machine.here("torch-cpu"), ranks=config.tensor_parallel,
+        window_blocks=config.window_blocks, weight_format="f32" if config.mode == "float32" else "bf16",
+    )  # fmt: skip
+    return held_bytes(question)
 
 
 def why_not_native(model: OpenModel) -> str | None:
@@ -199,7 +213,7 @@ def _runner(
         from megalith.engine.parallel.runner import TensorParallelRunner
 
         return TensorParallelRunner(
-            model, parallel, dtype="float32" if config.mode == "float32" else "bf16",
+            model.checkpoint, model.files.path, parallel, dtype="float32" if config.mode == "float32" else "bf16",
             block_tokens=config.block_tokens, num_blocks=fit.num_blocks, threads=threads,
         )  # fmt: skip
     if fit.kind == "native":

@@ -8,6 +8,7 @@ order of additions: in float32 logits differ from one process's by rounding (tes
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,26 +25,26 @@ from megalith.engine.parallel.share import Layers
 from megalith.engine.parallel.wire import STEP, RankSetup, encode_step
 from megalith.engine.torch_runner import DTypeName, TorchRunner, working_types
 from megalith.engine.worker_process import WorkerGroup
-from megalith.model.open import OpenModel
+from megalith.model.checkpoint import Checkpoint
 
 DEADLINE_S = 60.0
 """For any one answer of a rank within a step."""
 
 
 class TensorParallelRunner(TorchRunner):
-    """Rank 0, and the processes of ranks 1 and up. Raises MachineError when one does not start."""
+    """Rank 0, and the processes of ranks 1 and up, which open the model at `path` themselves. Raises MachineError when one does not start."""
 
     group: WorkerGroup[RankLink]
 
     def __init__(
-        self, model: OpenModel, option: ParallelOption, *, dtype: DTypeName, block_tokens: int, num_blocks: int,
-        threads: int, deadline_s: float = DEADLINE_S,
+        self, checkpoint: Checkpoint, path: Path, option: ParallelOption, *, dtype: DTypeName, block_tokens: int,
+        num_blocks: int, threads: int, deadline_s: float = DEADLINE_S,
     ) -> None:  # fmt: skip
         each, folder = max(1, threads // option.ranks), str(home_dir() / "windows")
         compute, kv = working_types(dtype, on_cpu=True)
         setups = [
             RankSetup(
-                model=str(model.files.path), rank=rank, ranks=option.ranks, float_compute=compute == torch.float32,
+                model=str(path), rank=rank, ranks=option.ranks, float_compute=compute == torch.float32,
                 float_kv=kv == torch.float32, block_tokens=block_tokens, num_blocks=num_blocks, threads=each,
                 collective=option.collective, link=option.link, window_blocks=option.window_blocks, folder=folder,
                 disk_bytes_per_s=option.disk_bytes_per_s, deadline_s=deadline_s,
@@ -53,17 +54,18 @@ class TensorParallelRunner(TorchRunner):
         port = None if option.link is None else Port(option.link)
         links = start_ranks(setups, port)
         self._option = option
-        self._shard = ShardCheckpoint(model.checkpoint, 0, option.ranks)
+        self._shard = ShardCheckpoint(checkpoint, 0, option.ranks)
         try:
             channels = {link.setup.rank: link.channel for link in links}
             ranks = Ranks(0, option.ranks, option.collective, channels)
-            self._layers = Layers(ranks, option.window_blocks, folder, option.disk_bytes_per_s)
+            forget = checkpoint.forget
+            self._layers = Layers(ranks, option.window_blocks, folder, option.disk_bytes_per_s, forget)
             super().__init__(
                 self._shard.spec, self._shard, dtype=dtype, block_tokens=block_tokens, num_blocks=num_blocks,
                 threads=each, make_linear=self._layers,
             )  # fmt: skip
             self._layers.seal()
-            model.checkpoint.forget()
+            forget()
             self.group = WorkerGroup(links)
         except BaseException:
             for link in links:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,8 +33,13 @@ class Summed(nn.Module):
 class Layers:
     """A LinearFactory for this rank; call seal() when the model is built."""
 
-    def __init__(self, ranks: Ranks, window_blocks: int, folder: str, disk_bytes_per_s: int | None) -> None:
+    def __init__(
+        self, ranks: Ranks, window_blocks: int, folder: str, disk_bytes_per_s: int | None,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._ranks = ranks
+        self._forget = forget
+        """Lets go of what was read of the model's file: a window is for what does not fit."""
         self.window = BlockWindow(window_blocks, Path(folder), disk_bytes_per_s) if window_blocks else None
 
     def __call__(self, name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -41,6 +47,8 @@ class Layers:
         streamed = self.window is not None and name != "head.weight"
         make = self.window.linear if streamed and self.window is not None else packed_linear
         module = make(name, weight, bias)
+        if streamed:
+            self._forget()
         return Summed(module, self._ranks) if name.endswith(SUMMED) else module
 
     def seal(self) -> None:

@@ -48,7 +48,7 @@ class _Rank:
                 channels[rank] = PortChannel(socket.socket(fileno=fd), setup.deadline_s, port)
         ranks = Ranks(setup.rank, setup.ranks, setup.collective, channels)
         self.checkpoint = ShardCheckpoint(open_checkpoint(resolve(setup.model)), setup.rank, setup.ranks)
-        self.layers = Layers(ranks, setup.window_blocks, setup.folder, setup.disk_bytes_per_s)
+        self.layers = Layers(ranks, setup.window_blocks, setup.folder, setup.disk_bytes_per_s, self.checkpoint.forget)
         self.compute = torch.float32 if setup.float_compute else torch.bfloat16
         with torch.inference_mode():
             self.build()
@@ -111,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # torch takes seconds to take itself apart on a busy machine, and nothing here outlives the process
+    os._exit(main())  # torch takes seconds to take itself apart on a busy machine, and the engine waits

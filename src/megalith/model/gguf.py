@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import re
 import struct
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from megalith.base.errors import ModelFormatError, ModelNotFound
 from megalith.model.formats import FORMATS
+from megalith.model.mapped import forget_pages
 
 _MAGIC = b"GGUF"
 _MAX_ARRAY_ELEMENTS = 1 << 24
@@ -111,14 +111,7 @@ class GgufFile:
     def forget(self) -> None:
         """Let go of the pages that were read so far: for who reads all of a file that is bigger than memory."""
         for mapped, path in zip(self._parts, _part_paths(self.path), strict=True):
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-            if hasattr(os, "posix_fadvise"):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(handle)
+            forget_pages(mapped, path)
 
 
 def _part_paths(path: Path) -> list[Path]:

@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 from typing import cast
 
 import msgspec
@@ -42,21 +44,22 @@ _RUN_DEADLINE_S = 900
 
 
 def all_reduce(options: Options) -> Figures:
-    """Sums one after the other, ranks as threads over socket pairs; and what the model says of them."""
+    """Sums that all ranks, threads over socket pairs, begin at once; and what the model says of them."""
     collective = cast(Collective, options["collective"])
     link = Link(latency_ns=round(float(options["latency_ms"]) * 1e6), bytes_per_s=GIGABIT)
-    bare = _round_ns(collective, None)
+    values = SUM_VALUES * int(options.get("rows", 1))
+    bare = _round_ns(collective, None, values)
     hops = 2 if collective == "star" else 2 * (RANKS - 1)
-    num_bytes = 4 * SUM_VALUES
+    num_bytes = 4 * values
     return {
-        "ms": _round_ns(collective, link) / 1e6,
+        "ms": _round_ns(collective, link, values) / 1e6,
         "predicted_ms": all_reduce_ns(collective, num_bytes, RANKS, link, bare / hops) / 1e6,
         "link_ms": all_reduce_ns(collective, num_bytes, RANKS, link) / 1e6,
         "bare_ms": bare / 1e6,
     }
 
 
-def _round_ns(collective: Collective, link: Link | None) -> float:
+def _round_ns(collective: Collective, link: Link | None, values: int) -> float:
     """Of one all-reduce; median of three runs of several."""
     found = []
     for _ in range(3):
@@ -70,7 +73,9 @@ def _round_ns(collective: Collective, link: Link | None) -> float:
         ranks = [Ranks(rank, RANKS, collective, channels[rank]) for rank in range(RANKS)]
         try:
             with ThreadPoolExecutor(RANKS) as pool:
-                found.append(list(pool.map(_rounds, ranks))[0])
+                barrier = Barrier(RANKS)
+                begins, ends = zip(*pool.map(partial(_rounds, values, barrier), ranks), strict=True)
+            found.append(float(np.median(np.max(ends, axis=0) - np.min(begins, axis=0))))
         finally:
             for mine in channels:
                 for channel in mine.values():
@@ -78,14 +83,17 @@ def _round_ns(collective: Collective, link: Link | None) -> float:
     return float(np.median(found))
 
 
-def _rounds(ranks: Ranks) -> float:
-    values = np.ones(SUM_VALUES, np.float32)
-    ranks.all_reduce(values)
-    begin = time.monotonic_ns()
-    for _ in range(ROUNDS):
+def _rounds(count: int, barrier: Barrier, ranks: Ranks) -> tuple[list[int], list[int]]:
+    """When each sum began and ended on this rank. Without the barrier, a sum begins while the one before still ends."""
+    values = np.ones(count, np.float32)
+    begins, ends = [], []
+    for _ in range(ROUNDS if count == SUM_VALUES else ROUNDS // 4):
+        barrier.wait(30)
+        begins.append(time.monotonic_ns())
         ranks.all_reduce(values)
+        ends.append(time.monotonic_ns())
     ranks.close()
-    return (time.monotonic_ns() - begin) / ROUNDS
+    return begins, ends
 
 
 def serve(options: Options) -> Figures:

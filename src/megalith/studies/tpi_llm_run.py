@@ -1,7 +1,7 @@
 """`python -m megalith.studies.tpi_llm_run JSON`: one instance over ranks, a prompt and some steps; figures as JSON.
 
-A process of its own, so that the kernel's record of its peak memory is of this run alone. The other ranks' is read while
-they live, from /proc: nobody's own word. Weights are random; shape and seed give the same ones.
+A process of its own, so that the kernel's record of its peak memory is of this run alone. The other ranks' is read
+while they live, from /proc: nobody's own word. Weights are random; shape and seed give the same ones.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ def write_model(folder: Path, layers: int, hidden: int, heads: int, seed: int = 
     draw = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=draw) * scale / columns**0.5).to(torch.bfloat16)
+        drawn = torch.randn(rows, columns, generator=draw)
+        scaled: torch.Tensor = drawn * (scale / columns**0.5)
+        return scaled.to(torch.bfloat16)
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden),
-              "self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (ffn, hidden),
-              "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}  # fmt: skip
+              "self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
+              "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}  # fmt: skip
     parts = {name: matrix(*shape) for name, shape in shapes.items()}
     tensors = {"model.embed_tokens.weight": matrix(VOCAB, hidden, 8.0), "model.norm.weight": ones.clone(),
                "lm_head.weight": matrix(VOCAB, hidden, 4.0)}  # fmt: skip

@@ -32,7 +32,10 @@ DEADLINE_S = 60.0
 
 
 class TensorParallelRunner(TorchRunner):
-    """Rank 0, and the processes of ranks 1 and up, which open the model at `path` themselves. Raises MachineError when one does not start."""
+    """Rank 0, and the processes of ranks 1 and up, which open the model at `path` themselves.
+
+    Raises MachineError when one does not start.
+    """
 
     group: WorkerGroup[RankLink]
 

@@ -47,7 +47,7 @@ class Layers:
         streamed = self.window is not None and name != "head.weight"
         make = self.window.linear if streamed and self.window is not None else packed_linear
         module = make(name, weight, bias)
-        if streamed:
+        if streamed and name.endswith(SUMMED):  # the last of a block
             self._forget()
         return Summed(module, self._ranks) if name.endswith(SUMMED) else module
 

@@ -1,4 +1,4 @@
-"""Mapped files that are read once: letting go of their pages, for who reads all of a file that is bigger than memory."""
+"""Mapped files that are read once: letting go of their pages, for who reads a file that is bigger than memory."""
 
 from __future__ import annotations
 

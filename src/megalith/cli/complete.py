@@ -55,18 +55,28 @@ class Where:
     """Bits of activations beside bipolar weights, 1 to 8. [default: what the file says, else 8]"""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
-
     window: str | None = None
     """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
+    tensor_parallel: int | None = None
+    """Processes that the model is cut over (torch runner, this machine). [default: 1]"""
+    collective: str | None = None
+    """How they add up: star or ring. [default: star]"""
+    link: str | None = None
+    """Latency, or latency/bytes a second, imposed between them: 2ms, 2ms/125MB."""
+    window_blocks: int | None = None
+    """Attention and FFN blocks that each keeps in memory; the rest streams from disk. [default: all]"""
 
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
         settings: dict[str, Any] = {"device": self.device, "mode": self.mode, "threads": self.threads}
         settings |= {"attention": self.attention, "window": self.window, "max_context": self.context}
-        settings["activation_bits"] = self.activation_bits
+        settings |= {"activation_bits": self.activation_bits, "tensor_parallel": self.tensor_parallel}
+        settings |= {"collective": self.collective, "link": self.link, "window_blocks": self.window_blocks}
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")
+        if self.collective not in (None, "star", "ring"):
+            raise ConfigError(f"There is no collective {self.collective!r}.", "Take star or ring.")
         return {name: value for name, value in settings.items() if value is not None}
 
 

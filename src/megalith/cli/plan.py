@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from megalith.base.units import parse_bytes
+from megalith.base.units import parse_bytes, parse_duration_ns
 from megalith.cli.output import JsonFlag, print_json, result_console
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ Examples:
   megalith plan serve llama-3.1-70b --device h100        what would fit?
   megalith plan serve llama-3.1-70b --device h100 --devices 4
   megalith plan serve qwen3-8b --device l4 --format fp8 --context 16384
-  megalith plan serve smollm2 --memory 256MiB --json"""
+  megalith plan serve smollm2 --memory 256MiB --json
+  megalith plan serve llama-2-70b --tensor-parallel 8 --window-blocks 2 --link 1ms/125MB"""
 app.help_epilogue = _EXAMPLES
 _VERBS = {
     "fleet": "Find the cheapest fleet that keeps a service level under a load.",
@@ -76,11 +77,23 @@ class Question:
     """Layers that lie in host memory, likewise."""
     mode: str = "auto"
     """On `here`: auto (native), native, bf16 or float32."""
+    tensor_parallel: int | None = None
+    """Processes or small devices that the layers are cut over: memory of each, and steps (as `serve` runs it)."""
+    window_blocks: int = 0
+    """With --tensor-parallel: attention and FFN blocks that each keeps, the rest streams from disk. [default: all]"""
+    collective: str = "star"
+    """With --tensor-parallel: star or ring."""
+    link: str | None = None
+    """With --tensor-parallel: latency, or latency/bytes a second, such as 1ms/125MB."""
+    disk: str | None = None
+    """With --tensor-parallel: bytes a second of each one's disk, such as 1GB; by default what probe measured."""
 
 
 @app.command(help_epilogue=_EXAMPLES)
 def serve(model: str, question: Question | None = None, *, json: JsonFlag = False) -> int:
     """Print the plan of serving MODEL; exit code 1 when it does not fit."""
+    if question is not None and question.tensor_parallel is not None:
+        return _print_ranks(model, question, as_json=json)
     from megalith.plan.serve import plan_serve
 
     question = question or Question()
@@ -137,6 +150,41 @@ def _request(model: str, question: Question) -> ServeRequest:
         rows=256 if question.device == "here" else 2048, outputs=question.batch,
         peer_layers=question.peer_layers, host_layers=question.host_layers,
     )  # fmt: skip
+
+
+def _print_ranks(model: str, question: Question, *, as_json: bool) -> int:
+    """Plan a model that is cut over processes; exit code 1 when one needs more than --memory."""
+    from megalith.base.errors import ConfigError
+    from megalith.cost.collective import Link
+    from megalith.cost.profile import from_device
+    from megalith.plan import machine, tensor_parallel_explain
+    from megalith.plan.source import resolve
+    from megalith.plan.tensor_parallel import RanksQuestion, plan_ranks
+    from megalith.specs import catalog
+
+    if question.collective not in ("star", "ring"):
+        raise ConfigError(f"There is no collective {question.collective!r}.", "Take star or ring.")
+    latency, _, rate = (question.link or "0ms").partition("/")
+    spec, number = resolve(model).spec, question.weight_format or "f32"
+    here = question.device == "here"
+    plan = plan_ranks(RanksQuestion(
+        spec=spec, profile=machine.here("torch-cpu") if here else from_device(catalog.device(question.device), number),
+        ranks=question.tensor_parallel or 1, window_blocks=question.window_blocks, weight_format=number,
+        kv_format="f32" if question.mode == "float32" else question.kv_format,
+        context=question.context or min(spec.max_context, 1024), batch=question.batch,
+        collective="ring" if question.collective == "ring" else "star",
+        link=Link(latency_ns=parse_duration_ns(latency), bytes_per_s=parse_bytes(rate) if rate else None),
+        disk_bytes_per_s=None if question.disk is None else parse_bytes(question.disk),
+    ))  # fmt: skip
+    if as_json:
+        print_json(plan)
+    else:
+        console = result_console()
+        console.print(tensor_parallel_explain.memory_table(plan).to_rich())
+        for line in tensor_parallel_explain.step_lines(plan):
+            console.print(line, soft_wrap=True)
+    limit = None if question.memory is None else parse_bytes(question.memory)
+    return 0 if limit is None or plan.memory[0].num_bytes <= limit else 1
 
 
 def _print(plan: ServePlan) -> None:

@@ -68,6 +68,14 @@ class EngineFlags:
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
     window: str | None = None
     """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
+    tensor_parallel: int | None = None
+    """Processes that the model is cut over (torch runner, this machine). [default: 1]"""
+    collective: str | None = None
+    """How they add up: star or ring. [default: star]"""
+    link: str | None = None
+    """Latency, or latency/bytes a second, imposed between them: 2ms, 2ms/125MB."""
+    window_blocks: int | None = None
+    """Attention and FFN blocks that each keeps in memory; the rest streams from disk. [default: all]"""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -79,6 +87,8 @@ class EngineFlags:
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
             "threads": self.threads, "attention": self.attention, "window": self.window, "record": self.record,
             "activation_bits": self.activation_bits,
+            "tensor_parallel": self.tensor_parallel, "collective": self.collective, "link": self.link,
+            "window_blocks": self.window_blocks,
         }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from megalith.base.config import Config
+from megalith.cost.collective import Collective
 from megalith.engine.params import SamplingParams
 from megalith.specs.model import ModelSpec
 
@@ -53,6 +54,16 @@ class EngineConfig(Config):
     """Requests that may wait for admission; one more is refused with QueueFull."""
     attention: str = "here"
     """`here`, or in other processes: `workers:N`, `spread:N`, `storage:FOLDER`, `storage:FOLDER/keep=N`."""
+    tensor_parallel: int = 1
+    """Processes that the torch runner's layers are cut over, on this machine."""
+    collective: Collective = "star"
+    """How they add up: `star` through the first, two hops; `ring`."""
+    link: str = ""
+    """Imposed between them, for trials: `2ms`, or `2ms/125MB` with bytes a second. Empty: none."""
+    window_blocks: int = 0
+    """Attention and FFN blocks of its share that each keeps in memory, the rest streams from disk; 0: all."""
+    disk_bytes_per_s: int | None = None
+    """Imposed on those windows, for trials."""
     record: str | None = None
     """New file that every scheduling decision is written to, for the shadow test; gzip when it ends in .gz."""
 

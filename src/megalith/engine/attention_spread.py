@@ -14,12 +14,13 @@ from torch import Tensor
 
 from megalith.base.errors import StepFailed
 from megalith.engine import attention_wire as wire
-from megalith.engine.attention_link import WorkerGroup, WorkerLink, start_workers
+from megalith.engine.attention_link import WorkerLink, start_workers
 from megalith.engine.attention_share import KvShare
 from megalith.engine.attention_wire import Run
 from megalith.engine.attention_workers import KvShape, cat, from_wire, runs_of, to_wire
 from megalith.engine.batch import I32, StepBatch
 from megalith.engine.partial_attention import Partial, merge
+from megalith.engine.worker_process import WorkerGroup
 
 _HERE = 0
 _NOWHERE = -1
@@ -40,7 +41,8 @@ class SpreadKv:
         self._steps = 0
         self.moved_blocks = 0
         names = [f"Lender {i + 1} of {lenders}" for i in range(lenders)]
-        self.group: WorkerGroup = start_workers(names, [shape.setup(partial=True)] * lenders, max(1, threads // 2))
+        setups = [shape.setup(partial=True)] * lenders
+        self.group: WorkerGroup[WorkerLink] = start_workers(names, setups, max(1, threads // 2))
 
     def step(self, batch: StepBatch) -> SpreadStep:
         """Bring here what the step writes to, and tell lenders whose blocks they attend to."""

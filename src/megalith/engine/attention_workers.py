@@ -21,10 +21,11 @@ from torch import Tensor
 
 from megalith.base.errors import StepFailed
 from megalith.engine import attention_wire as wire
-from megalith.engine.attention_link import WorkerGroup, WorkerLink, start_workers
+from megalith.engine.attention_link import WorkerLink, start_workers
 from megalith.engine.attention_option import AttentionOption
 from megalith.engine.attention_wire import Run, WorkerSetup
 from megalith.engine.batch import StepBatch
+from megalith.engine.worker_process import WorkerGroup
 from megalith.specs.model import ModelSpec
 
 DEADLINE_S = 60.0
@@ -47,7 +48,7 @@ class KvElsewhere(Protocol):
     """KV storage that is not, or not only, in this process."""
 
     num_blocks: int
-    group: WorkerGroup
+    group: WorkerGroup[WorkerLink]
 
     def step(self, batch: StepBatch) -> StepAway:
         """Announce a step. Raises StepFailed."""
@@ -166,7 +167,7 @@ class _Part(NamedTuple):
 class OwnedStep:
     """One step over workers that own the KV."""
 
-    def __init__(self, group: WorkerGroup, shape: KvShape, early: bool) -> None:
+    def __init__(self, group: WorkerGroup[WorkerLink], shape: KvShape, early: bool) -> None:
         self.parts: list[_Part] = []
         self._group = group
         self._shape = shape

@@ -26,6 +26,7 @@ from megalith.engine.attention_option import check_attention, check_room, parse_
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.parallel.option import ParallelOption, check_parallel
 from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
 from megalith.model.bipolar import BITS_OF
@@ -114,6 +115,7 @@ def build_engine(
     with spans.of("open the model", progress):
         model = open_model(config.model)
     option = check_attention(config, model.spec)
+    parallel = check_parallel(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         _check_activation_bits(config, model, kind)
@@ -122,7 +124,7 @@ def build_engine(
     if on_plan is not None:
         on_plan(fit)
     with spans.of("load the weights", progress):
-        runner = _runner(config, model, fit, progress)
+        runner = _runner(config, model, fit, parallel, progress)
     with spans.of("put it together", progress):
         engine = assemble(config, model, runner, fit.max_context)
     held = sum(runner.memory_bytes().values())
@@ -169,6 +171,8 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
     if config.mode in ("float32", "bf16"):
         return "torch-cpu", f"torch on the CPU in {config.mode}"
     away = parse_attention(config.attention).elsewhere
+    if config.tensor_parallel > 1 or config.window_blocks:
+        return "torch-cpu", f"torch on the CPU in bf16, {config.tensor_parallel} ranks"
     reason = f"attention runs in {config.attention}" if away else why_not_native(model)
     if config.window is not None and reason is None:
         reason = "a window of layers is one over torch modules."
@@ -199,9 +203,10 @@ def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
 
         if not cpu_has_bf16():  # the torch runner then holds float32 weights beside bfloat16 KV
             wide = msgspec.structs.replace(config, mode="float32")
-            return check_fits(wide, kind=kind, model=planned, kv_format="bf16")
-    fit = check_fits(config, kind=kind, model=planned)
-    disk = None if fit.window_bytes is None else _disk_rate(model)
+            resident = _windows_bytes(wide, model)
+            return check_fits(wide, kind=kind, model=planned, kv_format="bf16", resident_bytes=resident)
+    fit = check_fits(config, kind=kind, model=planned, resident_bytes=_windows_bytes(config, model))
+    disk = None if fit.window_bytes is None or kind == "cuda" else _disk_rate(model)
     return fit if disk is None else check_fits(config, kind=kind, model=planned, disk=disk)
 
 
@@ -214,6 +219,19 @@ def _disk_rate(model: OpenModel) -> DiskRate | None:
         with suppress(TierError):
             return DiskRate(bytes_per_s=direct_rate(path, passes=_DISK_PASSES), source="measured at start")
     return None
+
+
+def _windows_bytes(config: EngineConfig, model: OpenModel) -> int | None:
+    """Of all ranks together where their layers go through windows, and what more processes take; None: they do not."""
+    if not config.window_blocks:
+        return None
+    from megalith.plan.tensor_parallel import RanksQuestion, held_bytes
+
+    question = RanksQuestion(
+        spec=model.spec, profile=machine.here("torch-cpu"), ranks=config.tensor_parallel,
+        window_blocks=config.window_blocks, weight_format="f32" if config.mode == "float32" else "bf16",
+    )  # fmt: skip
+    return held_bytes(question)
 
 
 def why_not_native(model: OpenModel) -> str | None:
@@ -243,8 +261,17 @@ def _check_activation_bits(config: EngineConfig, model: OpenModel, kind: RunnerK
                           "Leave it away, or use --mode native on the CPU.")  # fmt: skip
 
 
-def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress | None) -> Runner:
+def _runner(
+    config: EngineConfig, model: OpenModel, fit: Fit, parallel: ParallelOption, progress: Progress | None
+) -> Runner:
     threads = config.threads or machine.cores()
+    if parallel.used:
+        from megalith.engine.parallel.runner import TensorParallelRunner
+
+        return TensorParallelRunner(
+            model.checkpoint, model.files.path, parallel, dtype="float32" if config.mode == "float32" else "bf16",
+            block_tokens=config.block_tokens, num_blocks=fit.num_blocks, threads=threads,
+        )  # fmt: skip
     if fit.kind == "native":
         from megalith.engine.native_runner import NativeRunner
 

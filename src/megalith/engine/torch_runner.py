@@ -25,7 +25,7 @@ from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
 from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16, packed_linear
 from megalith.model.checkpoint import Checkpoint
-from megalith.model.transformer import Attend, Transformer, plain_linear
+from megalith.model.transformer import Attend, LinearFactory, Transformer, plain_linear
 from megalith.policy.layer_share import LayerShare
 from megalith.specs.model import ModelSpec
 
@@ -57,16 +57,13 @@ class TorchRunner:
         widen: bool | None = None,
         attention: AttentionOption = HERE,
         layers: LayerShare | None = None,
+        make_linear: LinearFactory | None = None,
     ) -> None:
         self._device = open_device(device)
         on_cpu = self._device.type == "cpu"
         if on_cpu and threads is not None:
             torch.set_num_threads(threads)
-        if dtype == "bf16" and widen is None:
-            widen = on_cpu and not cpu_has_bf16()
-            if widen:
-                log.info("this processor has no bfloat16 instructions: weights stay float32, KV is bfloat16")
-        compute = torch.float32 if dtype == "float32" or widen else torch.bfloat16
+        compute, kv_type = working_types(dtype, on_cpu=on_cpu, widen=widen)
         self.name = f"torch-{self._device.type}-{dtype}"
         self.vocab = spec.vocab
         self.block_tokens = block_tokens
@@ -74,7 +71,6 @@ class TorchRunner:
         self.num_host_blocks = num_host_blocks
         self._spec = spec
         self._windows = [spec.layer_window(layer) for layer in range(spec.num_layers)]
-        kv_type = torch.float32 if dtype == "float32" else torch.bfloat16
         self.elsewhere: KvElsewhere | None = None
         """Where KV is, when it is not here."""
         if attention.elsewhere:
@@ -86,8 +82,8 @@ class TorchRunner:
         """Of the layers, where not all of them are in memory."""
         with torch.inference_mode():
             if layers is None:
-                linear = packed_linear if on_cpu else plain_linear
-                self._model = Transformer(checkpoint, dtype=compute, device=self._device, make_linear=linear)
+                factory = make_linear or (packed_linear if on_cpu else plain_linear)
+                self._model = Transformer(checkpoint, dtype=compute, device=self._device, make_linear=factory)
             else:
                 self._model, self.window = _windowed(checkpoint, compute, self._device, layers)
             self._kv = PagedKv(
@@ -162,11 +158,27 @@ class TorchRunner:
             attend = StepAttention(self._kv, batch, self._windows, self._spec.attention_scale)
         tokens_M = torch.from_numpy(batch.tokens_M.astype(np.int64)).to(self._device)
         positions_M = torch.from_numpy(batch.positions_M.astype(np.int64)).to(self._device)
-        hidden_MD = self._model(tokens_M, positions_M, attend)
+        hidden_MD = self._model.embed(tokens_M)
+        self._announce(batch, hidden_MD)
+        hidden_MD = self._model.run(hidden_MD, positions_M, attend)
         if batch.output_rows_N.size == 0:
             return torch.empty((0, self.vocab), dtype=torch.float32)
         rows_N = torch.from_numpy(batch.output_rows_N.astype(np.int64)).to(self._device)
         return self._model.head(hidden_MD[rows_N])
+
+    def _announce(self, batch: StepBatch, hidden_MD: Tensor) -> None:
+        """For who runs a step together with others: before the layers run."""
+
+
+def working_types(dtype: DTypeName, *, on_cpu: bool, widen: bool | None = None) -> tuple[torch.dtype, torch.dtype]:
+    """(of weights and activations, of KV)."""
+    if dtype == "float32":
+        return torch.float32, torch.float32
+    if widen is None:
+        widen = on_cpu and not cpu_has_bf16()
+        if widen:
+            log.info("this processor has no bfloat16 instructions: weights stay float32, KV is bfloat16")
+    return torch.float32 if widen else torch.bfloat16, torch.bfloat16
 
 
 def _windowed(

@@ -79,6 +79,7 @@ class _Entry:
 
 class _Files(Protocol):
     def raw(self, name: str) -> U8: ...
+    def forget(self, *, cached: bool = True) -> None: ...
 
 
 class Checkpoint:
@@ -115,9 +116,8 @@ class Checkpoint:
         return Tensor(name, entry.shape, entry.format, raw.reshape(rows, -1))
 
     def forget(self, *, cached: bool = True) -> None:
-        """Let go of pages of the file that were read so far, where it is one that can; see GgufFile."""
-        if isinstance(self._files, GgufFile):
-            self._files.forget(cached=cached)
+        """Let go of pages of the files that were read so far; see model.mapped."""
+        self._files.forget(cached=cached)
 
     def stored_name(self, name: str) -> str:
         """The file's own name of canonical `name`."""

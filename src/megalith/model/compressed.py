@@ -54,6 +54,10 @@ class WeightFiles:
         dtype = self._files.tensors[stem + _SCALE].dtype
         return join(packed.reshape(rows, -1), scale.reshape(rows, -1), dtype, columns, f"{self.directory}: {name}")
 
+    def forget(self, *, cached: bool = True) -> None:
+        """Let go of the pages that were read so far; see model.mapped."""
+        self._files.forget(cached=cached)
+
     def _packed(self, stem: str) -> tuple[tuple[int, ...], str]:
         """Shape and format of a packed matrix, from its parts."""
         tensors, what = self._files.tensors, f"{self.directory}: {stem}{_PACKED}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import re
 import struct
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from megalith.base.errors import ModelFormatError, ModelNotFound
 from megalith.model.bipolar import BITS_OF
 from megalith.model.formats import FORMATS
+from megalith.model.mapped import forget_pages
 
 _MAGIC = b"GGUF"
 _MAX_ARRAY_ELEMENTS = 1 << 24
@@ -119,14 +119,7 @@ class GgufFile:
         With `cached=False` the page cache keeps them for the next process, and only this one does not hold them.
         """
         for mapped, path in zip(self._parts, _part_paths(self.path), strict=True):
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-            if cached and hasattr(os, "posix_fadvise"):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(handle)
+            forget_pages(mapped, path, cached=cached)
 
 
 def _part_paths(path: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megalith.base.errors import ModelFormatError
 from megalith.model.formats import FORMATS
+from megalith.model.mapped import forget_pages
 
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -47,13 +48,19 @@ class SafetensorsModel:
         self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
         self._maps: list[mmap.mmap] = []
-        for path in _shards(directory):
+        self._paths = _shards(directory)
+        for path in self._paths:
             self._add(path)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The bytes of tensor `name`, a read-only view of the mapped file."""
         tensor = self.tensors[name]
         return np.frombuffer(self._maps[tensor.file], np.uint8, tensor.num_bytes, tensor.start)
+
+    def forget(self, *, cached: bool = True) -> None:
+        """Let go of the pages that were read so far; see model.mapped."""
+        for mapped, path in zip(self._maps, self._paths, strict=True):
+            forget_pages(mapped, path, cached=cached)
 
     def _add(self, path: Path) -> None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,21 @@ def plain_linear(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return linear
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a model a process has: some layers, the embedding, the final norm and the head."""
+
+    layers: range | None = None
+    """None: all."""
+    embedding: bool = True
+    head: bool = True
+
+
+WHOLE = Part()
+
+
 class Transformer(nn.Module):
-    """A model with its weights, in `dtype` on `device`; norms compute in float32.
+    """A model with its weights, or a part of it, in `dtype` on `device`; norms compute in float32.
 
     The weights are read, decoded and converted one by one, so loading needs little more memory than the result.
     """
@@ -60,30 +74,44 @@ class Transformer(nn.Module):
         device: torch.device | str = "cpu",
         make_linear: LinearFactory = plain_linear,
         made: Callable[[nn.Module], None] | None = None,
+        part: Part = WHOLE,
     ) -> None:
         """`made` is told of each layer when it has its weights, before the next one is read."""
         super().__init__()
         self.spec = spec = checkpoint.spec
         self.dtype, self.device = dtype, torch.device(device)
         weights = _Weights(checkpoint, dtype, self.device, make_linear)
-        self.embedding = nn.Parameter(weights.tensor("embed.weight"), requires_grad=False)
+        embedding = weights.tensor("embed.weight") if part.embedding else torch.empty(0, spec.hidden, dtype=dtype)
+        self.embedding = nn.Parameter(embedding, requires_grad=False)
         self.layers = nn.ModuleList()
-        for i in range(spec.num_layers):
+        for i in range(spec.num_layers) if part.layers is None else part.layers:
             self.layers.append(_Layer(spec, weights, i))
             if made is not None:
-                made(self.layers[i])
-        self.final_norm = weights.norm("final_norm.weight", spec.norm_eps)
-        # A tied head is the embedding, seen as a linear layer: no second copy unless the factory makes one.
-        head = self.embedding.data if spec.tied_embeddings else weights.tensor("head.weight")
-        self.output = make_linear("head.weight", head, None)
+                made(self.layers[-1])
+        self.final_norm: nn.Module = nn.Identity()
+        self.output: nn.Module = nn.Identity()
+        if part.head:
+            self.final_norm = weights.norm("final_norm.weight", spec.norm_eps)
+            # A tied head is the embedding, seen as a linear layer: no second copy unless the factory makes one.
+            shared = spec.tied_embeddings and part.embedding
+            name = "embed.weight" if spec.tied_embeddings else "head.weight"
+            self.output = make_linear("head.weight", self.embedding.data if shared else weights.tensor(name), None)
         self.rotation = _Rotation(spec, self.device)
 
     def forward(self, tokens_M: Tensor, positions_M: Tensor, attend: Attend) -> Tensor:
         """Hidden states [M, D] after the final norm, for rows in any order of sequences and positions."""
+        return self.run(self.embed(tokens_M), positions_M, attend)
+
+    def embed(self, tokens_M: Tensor) -> Tensor:
+        """What goes into the first layer [M, D]."""
         hidden_MD = functional.embedding(tokens_M, self.embedding)
         if self.spec.embedding_scale != 1.0:
             # Rounded to the working type first, as the models were trained.
             hidden_MD = hidden_MD * torch.tensor(self.spec.embedding_scale, dtype=self.dtype, device=self.device)
+        return hidden_MD
+
+    def run(self, hidden_MD: Tensor, positions_M: Tensor, attend: Attend) -> Tensor:
+        """Through the layers that are here, and the final norm where it is."""
         turns = self.rotation(positions_M, self.dtype)
         for layer in self.layers:
             hidden_MD = layer(hidden_MD, turns, attend)

@@ -27,6 +27,7 @@ STUDIES: dict[str, str] = {
     "lamina": "Lamina: attention on cheaper devices with much memory, against one kind and against attention at home",
     "instinfer": "InstInfer: decode attention inside the drives that hold KV, against KV over the host's path",
     "superpipeline": "Superpipeline: a window of layers in memory, against all of them, measured on this machine",
+    "tpi-llm": "TPI-LLM: cut over small devices, layers through windows, sums by a star; each against itself off",
     "sn40l": "SN40L, a composition of experts: 150 models in three tiers of memory, against DGX nodes and one tier",
     "energonai": "EnergonAI: packed batches, a pipeline that does not block, layers on a peer; each against itself off",
     "blockllm": "BlockLLM: blocks shared by many fine-tuned models, against a model for each and shared bases",

@@ -29,6 +29,7 @@ from megalith.engine.grammar import GrammarCompiler
 from megalith.engine.parallel.option import ParallelOption, check_parallel
 from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
+from megalith.engine.streamed import StreamTally
 from megalith.model.bipolar import BITS_OF
 from megalith.model.open import OpenModel, open_model
 from megalith.plan import machine
@@ -86,19 +87,19 @@ class BuiltEngine:
 
     def streamed_facts(self) -> dict[str, float]:
         """The same for programs: bytes of a step, decode steps, and their mean time, measured and predicted."""
-        window = getattr(self.runner, "window", None)
-        if window is None or not window.decode_steps:
+        tally: StreamTally | None = getattr(self.runner, "streamed", None)
+        if tally is None or not tally.decode_steps:
             return {}
         return {
-            "step_bytes": window.step_bytes, "decode_steps": window.decode_steps,
-            "measured_step_ns": window.decode_ns / window.decode_steps,
-            "predicted_step_ns": self.fit.plan.points[0].tpot_ns.value, "wait_ns": window.wait_ns,
+            "step_bytes": tally.step_bytes, "decode_steps": tally.decode_steps,
+            "measured_step_ns": tally.decode_ns / tally.decode_steps,
+            "predicted_step_ns": self.fit.plan.points[0].tpot_ns.value,
         }  # fmt: skip
 
     def streamed(self) -> str:
         """What streaming weights took and was predicted to take, for the end of a verb; empty where nothing did."""
-        window = getattr(self.runner, "window", None)
-        return "" if window is None else str(window.summary(self.fit.plan.points[0].tpot_ns.value))
+        tally: StreamTally | None = getattr(self.runner, "streamed", None)
+        return "" if tally is None else tally.summary(self.fit.plan.points[0].tpot_ns.value)
 
 
 def build_engine(
@@ -198,6 +199,8 @@ def _sizes(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
 
 def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
     planned = replace(resolve(str(model.files.path)), name=model.files.name)
+    if config.tensor_parallel > 1 or config.window_blocks:  # Ranks have windows of their own, or none.
+        config = msgspec.structs.replace(config, weights="resident")
     if kind == "torch-cpu" and config.mode != "float32":
         from megalith.engine.torch_linear import cpu_has_bf16
 

@@ -79,8 +79,8 @@ class ModuleWindow:
         stowed: LayerStow | None = None,
     ) -> None:
         self.module = module
-        self.wait_ns = 0
-        """Time that layers waited for their weights."""
+        self.wait_ns = self.read_bytes = 0
+        """Time that layers waited for their weights, and bytes that were asked for."""
         unique = list({id(layer): layer for layer in layers}.values())
         if not unique:
             raise ConfigError("A window over no layers cannot be.", "Name the layers of the module.")
@@ -218,6 +218,7 @@ class ModuleWindow:
             for other in [other for other in self._near if other not in self._running][:1]:
                 self._drop(other)
         self._near[part] = self._ring.fill(part, self.layers[part].num_bytes)
+        self.read_bytes += self.layers[part].num_bytes
 
     def _drop(self, part: int) -> None:
         if part in self._running:

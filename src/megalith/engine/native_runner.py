@@ -15,6 +15,7 @@ from megalith.base.errors import MachineError
 from megalith.cost.memory import packed_bytes
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
 from megalith.engine.native import binding
+from megalith.engine.streamed import StreamTally
 from megalith.engine.weight_window import WeightWindow
 from megalith.model.bipolar import BITS_OF
 from megalith.model.checkpoint import Checkpoint
@@ -106,6 +107,7 @@ class NativeRunner:
         self.name = f"native-{self._model.isa()}"
         self.block_bytes = self._model.block_bytes()
         self.window = window
+        self.streamed = StreamTally("disk")
         if window is None:
             _load_weights(self._model, spec, checkpoint)
         else:
@@ -137,8 +139,7 @@ class NativeRunner:
             return self._model.step(batch, sampling)
         begin_ns = time.perf_counter_ns()
         result = self._model.step(batch, sampling)
-        if batch.tokens_M.size == batch.output_rows_N.size:
-            self.window.note_decode(time.perf_counter_ns() - begin_ns)
+        self.streamed.note(batch, time.perf_counter_ns() - begin_ns, self.window.step_bytes)
         return result
 
     def logits(self, batch: StepBatch) -> F32:

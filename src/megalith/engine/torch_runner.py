@@ -7,6 +7,7 @@ is held against.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from megalith.engine.layer_far import FarFile, FarMemory
 from megalith.engine.layer_stow import LayerStow
 from megalith.engine.layer_window import ModuleWindow
 from megalith.engine.sampling import plain_rows, sample
+from megalith.engine.streamed import StreamTally
 from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
 from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16, packed_linear
@@ -80,6 +82,7 @@ class TorchRunner:
             num_blocks = num_host_blocks = self.num_host_blocks = 0
         self.window: ModuleWindow | None = None
         """Of the layers, where not all of them are in memory."""
+        self.streamed = StreamTally("disk" if on_cpu else "host memory")
         with torch.inference_mode():
             if layers is None:
                 factory = make_linear or (packed_linear if on_cpu else plain_linear)
@@ -101,10 +104,13 @@ class TorchRunner:
     def step(self, batch: StepBatch, sampling: SamplingBatch) -> StepResult:
         """Run the rows, write their K and V, sample the output rows. Raises StepFailed."""
         with torch.inference_mode():
+            begin_ns, read = time.perf_counter_ns(), 0 if self.window is None else self.window.read_bytes
             try:
                 logits_NV = self._forward(batch)
             except TierError as error:
                 raise StepFailed(f"A layer could not be brought into memory: {error.what}", error.hint) from error
+            if self.window is not None:
+                self.streamed.note(batch, time.perf_counter_ns() - begin_ns, self.window.read_bytes - read)
             if self._device.type != "cpu" and _bare(sampling):
                 return StepResult(_greedy(logits_NV))
             return sample(logits_NV.cpu().numpy(), sampling)

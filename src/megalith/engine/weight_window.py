@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 
 from megalith.base.errors import TierError
-from megalith.base.units import NS_PER_S, format_bytes, format_duration
 from megalith.engine.batch import F32, I32
 from megalith.engine.native import binding, single
 from megalith.engine.packed_file import PANEL, U8, Matrix, PackedFile
@@ -42,8 +41,6 @@ class WeightWindow:
         self.hidden = spec.hidden
         self.wait_ns = 0
         """Time that steps waited for pieces."""
-        self.decode_steps = self.decode_ns = 0
-        """Steps that only decode, and their time."""
         self._packed, self._scale = packed, spec.embedding_scale
         self._embed = next(matrix for matrix in packed.index.matrices if matrix.tensor == "embed")
         self.sizes = [piece.num_bytes for piece in packed.index.pieces[: packed.index.used]]
@@ -97,22 +94,6 @@ class WeightWindow:
     def read_bytes(self) -> int:
         """Read ahead by the mover so far."""
         return self._mover.stats()[_LINK].num_bytes - sum(self.sizes[piece] for piece in self.layout.pinned)
-
-    def note_decode(self, step_ns: int) -> None:
-        """A step that only decoded took so long."""
-        self.decode_steps += 1
-        self.decode_ns += step_ns
-
-    def summary(self, predicted_ns: float) -> str:
-        """Measured beside predicted, in a line; empty before the first decode step."""
-        if not self.decode_steps:
-            return ""
-        mean_ns = self.decode_ns / self.decode_steps
-        return (
-            f"streamed {format_bytes(self.step_bytes)} a step from disk: {self.decode_steps} decode steps of "
-            f"{format_duration(mean_ns)} (measured; {format_duration(predicted_ns)} predicted, "
-            f"{mean_ns / predicted_ns - 1:+.0%}), {format_bytes(round(self.step_bytes * NS_PER_S / mean_ns))}/s"
-        )
 
     def acquire(self, piece: int) -> int:
         """As WeightSource says. Raises TierError; the next step may try again."""

@@ -122,9 +122,10 @@ def check_fits(
     layers = None
     if _may_stream(config, plan.fits):
         base = base_request(config, kind, model or resolve(config.model), kv_format)
+        base = msgspec.structs.replace(base, disk=disk)
         streamed: ServeRequest | None
         if kind == "native":
-            streamed = window_request(config, msgspec.structs.replace(base, disk=disk))
+            streamed = window_request(config, base)
         else:
             streamed, layers = layer_request(config, base)
         if streamed is not None:

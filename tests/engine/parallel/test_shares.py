@@ -153,6 +153,7 @@ def test_steps_survive_the_way_without_their_tokens(rows: int, sequences: int, w
         ({"tensor_parallel": 2, "device": "cuda"}, "--device cpu"),
         ({"tensor_parallel": 2, "attention": "workers:2"}, "--attention here"),
         ({"tensor_parallel": 2, "preempt": "swap"}, "--preempt recompute"),
+        ({"tensor_parallel": 2, "window": "4"}, "--window-blocks"),
         ({"tensor_parallel": 2, "memory_bytes": 1 << 30}, "--memory limits one process"),
         ({"window_blocks": 1}, "--window-blocks 2"),
         ({"link": "2ms"}, "no link"),

@@ -93,6 +93,8 @@ def _check_rest(config: EngineConfig) -> None:
         raise ConfigError(f"{asked} is for processes on the CPU so far.", "Use --device cpu.")
     if config.attention != "here":
         raise ConfigError(f"{asked} cuts the heads of attention itself.", "Use --attention here.")
+    if config.window is not None:
+        raise ConfigError(f"--window is of one process, {asked} of ranks.", "Use --window-blocks alone, or --window.")
     if config.preempt == "swap":
         raise ConfigError(f"With {asked} there are no host blocks to swap to.", "Use --preempt recompute.")
     if config.memory_bytes is not None:

@@ -170,6 +170,7 @@ def _experiment(
 
 STUDY = Study(
     name="superpipeline",
+    system="Superpipeline: A Universal Approach for Reducing GPU Memory Usage in Large Models",
     title="Superpipeline: a window of layers in memory",
     summary=(
         "A module is a list of layers. k of them are in device memory; when k' have run, those are exchanged for the",

@@ -151,7 +151,7 @@ _NOTES = [
     "0.3 ms; a hop between processes here takes about that without any link, so the star is faster throughout. For 64 "
     "rows of a prompt the ring is faster up to 19 ms, and with two ranks always.",
     "A predicted sum has one constant that was measured in the same run: a hop without a link, socket and threads. "
-    "At 0 ms it is most of a sum and overlaps with the link: the gate of a prompt's sums was seen to fail (0.83).",
+    "At 0 ms it is most of a sum and overlaps with the link: a prompt's sums are at the edge of a gate (0.83, 0.85).",
     "Prompts stay on the first rank in that no token is sent. Embedded tokens are: who has the model's "
     "embedding could look tokens up by it. That holds for the publication as well.",
 ]

@@ -57,6 +57,8 @@ class Where:
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
     window: str | None = None
     """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
+    expert_cache: str | None = None
+    """N, or a size such as 2GiB: so many experts of a mixture in memory, the others from disk. [default: all]"""
     tensor_parallel: int | None = None
     """Processes that the model is cut over (torch runner, this machine). [default: 1]"""
     collective: str | None = None
@@ -72,6 +74,7 @@ class Where:
         settings |= {"attention": self.attention, "window": self.window, "max_context": self.context}
         settings |= {"activation_bits": self.activation_bits, "tensor_parallel": self.tensor_parallel}
         settings |= {"collective": self.collective, "link": self.link, "window_blocks": self.window_blocks}
+        settings["expert_cache"] = self.expert_cache
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")

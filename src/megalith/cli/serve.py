@@ -68,6 +68,8 @@ class EngineFlags:
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
     window: str | None = None
     """K or K,K': so many layers in memory, K' exchanged at a time (modes bf16, float32). [default: by --memory]"""
+    expert_cache: str | None = None
+    """N, or a size such as 2GiB: so many experts of a mixture in memory, the others from disk. [default: all]"""
     tensor_parallel: int | None = None
     """Processes that the model is cut over (torch runner, this machine). [default: 1]"""
     collective: str | None = None
@@ -88,7 +90,7 @@ class EngineFlags:
             "threads": self.threads, "attention": self.attention, "window": self.window, "record": self.record,
             "activation_bits": self.activation_bits,
             "tensor_parallel": self.tensor_parallel, "collective": self.collective, "link": self.link,
-            "window_blocks": self.window_blocks,
+            "window_blocks": self.window_blocks, "expert_cache": self.expert_cache,
         }  # fmt: skip
 
 

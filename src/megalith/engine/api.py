@@ -32,6 +32,8 @@ class EngineConfig(Config):
     window: str | None = None
     """`K` or `K,K'`: K layers are in memory, and when K' have run, those go and as many come (torch runner). None: what
     the limit allows."""
+    expert_cache: str | None = None
+    """`N` or a size: so many experts of a mixture are in memory, others come from disk (torch runner). None: all."""
     activation_bits: int | None = None
     """Bits, 1 to 8, of the activations that bipolar weights are multiplied with; None: what the file says, else 8."""
     max_context: int | None = None

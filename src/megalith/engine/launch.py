@@ -18,6 +18,7 @@ import msgspec
 from megalith.base.clock import MonotonicClock
 from megalith.base.errors import ConfigError, MachineError, TierError
 from megalith.base.units import format_bytes, format_duration
+from megalith.cost.memory import weight_bytes
 from megalith.cost.profile import RunnerKind
 from megalith.cost.streaming import DiskRate
 from megalith.engine.admission import Admission
@@ -175,6 +176,8 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
     if config.tensor_parallel > 1 or config.window_blocks:
         return "torch-cpu", f"torch on the CPU in bf16, {config.tensor_parallel} ranks"
     reason = f"attention runs in {config.attention}" if away else why_not_native(model)
+    if config.expert_cache is not None and reason is None:
+        reason = "a cache of experts is the torch runner's."
     if config.window is not None and reason is None:
         reason = "a window of layers is one over torch modules."
     if reason is None:
@@ -206,9 +209,14 @@ def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
 
         if not cpu_has_bf16():  # the torch runner then holds float32 weights beside bfloat16 KV
             wide = msgspec.structs.replace(config, mode="float32")
-            resident = _windows_bytes(wide, model)
-            return check_fits(wide, kind=kind, model=planned, kv_format="bf16", resident_bytes=resident)
-    fit = check_fits(config, kind=kind, model=planned, resident_bytes=_windows_bytes(config, model))
+            resident, stream = _streaming_bytes(wide, model)
+            return check_fits(
+                wide, kind=kind, model=planned, kv_format="bf16", resident_bytes=resident, stream_bytes=stream
+            )
+    resident, stream = _streaming_bytes(config, model)
+    fit = check_fits(config, kind=kind, model=planned, resident_bytes=resident, stream_bytes=stream)
+    if resident is not None:
+        return fit
     disk = None if fit.window_bytes is None or kind == "cuda" else _disk_rate(model)
     return fit if disk is None else check_fits(config, kind=kind, model=planned, disk=disk)
 
@@ -222,6 +230,31 @@ def _disk_rate(model: OpenModel) -> DiskRate | None:
         with suppress(TierError):
             return DiskRate(bytes_per_s=direct_rate(path, passes=_DISK_PASSES), source="measured at start")
     return None
+
+
+def _streaming_bytes(config: EngineConfig, model: OpenModel) -> tuple[int | None, int | None]:
+    """What of the weights stays in memory, and what a step of one row reads; None: all, and all layers.
+
+    How often experts are in memory is not known before; as if tokens were sent evenly.
+    """
+    near, spec = _experts_near(config, model), model.spec
+    if near is None:
+        return _windows_bytes(config, model), None
+    name = "f32" if config.mode == "float32" else "bf16"
+    weights, count = weight_bytes(spec, name, name), spec.num_layers * spec.num_experts
+    one = weights.experts // count
+    read = spec.num_layers * spec.experts_per_token * one
+    return weights.total - (count - near) * one, round(read * (1.0 - near / count))
+
+
+def _experts_near(config: EngineConfig, model: OpenModel) -> int | None:
+    from megalith.engine.expert_cache import parse_cache
+
+    if config.expert_cache is None:
+        return None
+    if config.window is not None:
+        raise ConfigError("Layers and experts cannot both have a window.", "Use --window or --expert-cache.")
+    return parse_cache(config.expert_cache, model.spec, "f32" if config.mode == "float32" else "bf16")
 
 
 def _windows_bytes(config: EngineConfig, model: OpenModel) -> int | None:
@@ -290,6 +323,7 @@ def _runner(
         model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
         threads=threads, attention=parse_attention(config.attention), layers=fit.layers,
+        experts=_experts_near(config, model),
     )  # fmt: skip
 
 

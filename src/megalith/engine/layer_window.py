@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,24 @@ from megalith.base.errors import ConfigError, TierError
 from megalith.engine.layer_far import Far, FarMemory
 from megalith.engine.layer_ring import Ring, Slot
 from megalith.engine.layer_stow import Layer, LayerStow, shared_storages, version_of
+from megalith.policy.residency import Change, Part
 from megalith.policy.residency import LayerWindow as Policy
 from megalith.tier.mover import Mover
 from megalith.tier.pool import Pool
 
 LINK = "window"
 """Of a window's own mover."""
+
+
+class Residence(Protocol):
+    """Which of a window's layers are near."""
+
+    cap: int
+    """The most that are near at once."""
+    turns: bool
+    """Whether backward walks down again."""
+
+    def need(self, *parts: Part) -> Change: ...  # noqa: D102
 
 
 class _Saved(NamedTuple):
@@ -59,7 +71,8 @@ class ModuleWindow:
     A context: at its end the layers are in memory again, as they were or as they were trained. Layers in `keep` stay
     near. `far` is where the others are (default: host memory), `mover` and its `link` bring them (default: a mover of
     its own, no throttle), `pool` counts the bytes that are near. `stowed` layers are in their far tier already. The
-    window closes the far tier. From one thread at a time; a second derivative is refused.
+    window closes the far tier. `policy(layers, turns)` says which are near in place of k and k_prime. From one thread
+    at a time; a second derivative is refused.
 
     Raises ConfigError for windows and layers that cannot be, TierError for bytes that cannot be moved.
     """
@@ -77,18 +90,21 @@ class ModuleWindow:
         link: str = LINK,
         pool: Pool | None = None,
         stowed: LayerStow | None = None,
+        policy: Callable[[int, bool], Residence] | None = None,
     ) -> None:
         self.module = module
-        self.wait_ns = self.read_bytes = 0
-        """Time that layers waited for their weights, and bytes that were asked for."""
+        self.wait_ns = self.moves = self.read_bytes = 0
+        """Time that layers waited for their weights, layers that were brought, and their bytes."""
         unique = list({id(layer): layer for layer in layers}.values())
         if not unique:
             raise ConfigError("A window over no layers cannot be.", "Name the layers of the module.")
         taken = next((n for n, layer in enumerate(unique) if _is_ours(layer)), None)
         if taken is not None:
             raise ConfigError(f"Layer {taken} has a window already.", "Close that one first.")
-        self._shape = (len(unique), k, k_prime, frozenset(keep))
-        self._policy = Policy(*self._shape)
+        kept = frozenset(keep)
+        self._new_policy = policy or (lambda count, turns: Policy(count, k, k_prime, kept, turns=turns))
+        self._count = len(unique)
+        self._policy = self._new_policy(self._count, False)
         self._lock = threading.RLock()
         self._running: list[int] = []
         self._near: dict[int, Slot] = {}
@@ -127,6 +143,20 @@ class ModuleWindow:
         ring = 0 if self._ring is None else self._ring.slot_bytes * len(self._ring.slots)
         return ring + sum(rest.values())
 
+    def expect(self, modules: Iterable[nn.Module]) -> None:
+        """These layers run next, in this order: as many as the window holds are asked for. Raises TierError.
+
+        For policies that take several at once.
+        """
+        with self._lock:
+            if self._running or self._closed:
+                return
+            try:
+                self._bring(self._policy.need(*[self._parts[id(module)] for module in modules][: self._policy.cap]))
+            except BaseException:
+                self._begin_anew(self._policy.turns)
+                raise
+
     def visit(self) -> Iterator[nn.Module]:
         """Each layer in turn while it is near: for an optimizer's step of its parameters, for one."""
         for part, layer in enumerate(self.layers):
@@ -145,6 +175,7 @@ class ModuleWindow:
                 self._stow.add(module, shared)
             elif self.layers[number].module is not module:
                 raise ConfigError(f"Layer {number} was stowed as another one.", "Stow layers in their order.")
+        self._parts = {id(layer.module): part for part, layer in enumerate(self.layers)}
         for part, layer in enumerate(self.layers):
             self._wrap(part, layer)
         self._guard = self.module.register_state_dict_pre_hook(_refuse_state)  # type: ignore[no-untyped-call]
@@ -195,12 +226,7 @@ class ModuleWindow:
             self._begin_anew(turns)
         layer = self.layers[part]
         try:
-            change = self._policy.need(part)
-            for gone in change.drop:
-                self._drop(gone)
-            for other in (*change.load, part):
-                if other not in self._near and self.layers[other].pieces:
-                    self._fill(other)
+            self._bring(self._policy.need(part), part)
             if layer.pieces and not layer.versions:
                 slot = self._near[part]
                 assert slot.ticket is not None
@@ -212,18 +238,26 @@ class ModuleWindow:
             self._begin_anew(turns)
             raise
 
+    def _bring(self, change: Change, *parts: int) -> None:
+        for gone in change.drop:
+            self._drop(gone)
+        for other in (*change.load, *parts):
+            if other not in self._near and self.layers[other].pieces:
+                self._fill(other)
+
     def _fill(self, part: int) -> None:
         assert self._ring is not None
         if self._ring.full:  # The policy knows nothing of layers that ran while the window began anew.
             for other in [other for other in self._near if other not in self._running][:1]:
                 self._drop(other)
         self._near[part] = self._ring.fill(part, self.layers[part].num_bytes)
+        self.moves += 1
         self.read_bytes += self.layers[part].num_bytes
 
     def _drop(self, part: int) -> None:
         if part in self._running:
             raise TierError(
-                f"Layer {part} is running and would have to leave the window of {self._policy.k}.",
+                f"Layer {part} is running and would have to leave the window of {self._policy.cap}.",
                 "Run the module from one thread at a time, and give the window room for layers inside layers.",
             )
         slot, layer = self._near.get(part), self.layers[part]
@@ -234,7 +268,7 @@ class ModuleWindow:
 
     def _begin_anew(self, turns: bool) -> None:
         """Empty the window of what does not run; a new policy knows of nothing that is near."""
-        self._policy = Policy(*self._shape, turns=turns)
+        self._policy = self._new_policy(self._count, turns)
         for part in [part for part in self._near if part not in self._running]:
             self._drop(part)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megalith.base.units import NS_PER_S, format_bytes, format_duration
 from megalith.engine.batch import StepBatch
 
@@ -14,6 +16,9 @@ class StreamTally:
         """Where the weights come from."""
         self.decode_steps = self.decode_ns = self.decode_read_bytes = 0
         """Steps that only decode, their time, and what was read for them."""
+
+        self.detail: Callable[[], str] = str
+        """More to say at the end."""
 
     @property
     def step_bytes(self) -> int:
@@ -32,8 +37,10 @@ class StreamTally:
         if not self.decode_steps:
             return ""
         mean_ns = self.decode_ns / self.decode_steps
+        more = self.detail()
         return (
             f"streamed {format_bytes(self.step_bytes)} a step from {self.source}: {self.decode_steps} decode steps of "
             f"{format_duration(mean_ns)} (measured; {format_duration(predicted_ns)} predicted, "
             f"{mean_ns / predicted_ns - 1:+.0%}), {format_bytes(round(self.step_bytes * NS_PER_S / mean_ns))}/s"
+            + (f"; {more}" if more else "")
         )

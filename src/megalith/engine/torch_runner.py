@@ -18,6 +18,7 @@ from megalith.base.errors import EngineError, MachineError, StepFailed, TierErro
 from megalith.engine.attention_option import HERE, AttentionOption
 from megalith.engine.attention_workers import KvElsewhere, KvShape, open_attention
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
+from megalith.engine.expert_cache import ExpertCache
 from megalith.engine.layer_far import FarFile, FarMemory
 from megalith.engine.layer_stow import LayerStow
 from megalith.engine.layer_window import ModuleWindow
@@ -40,7 +41,8 @@ class TorchRunner:
 
     dtype float32: weights, activations and KV in float32. bf16: all in bfloat16; on a CPU without bfloat16 instructions
     weights and activations are float32 and only KV is bfloat16 (`widen`): emulated products take ten times as long.
-    `layers`: a window of them is in memory, the rest in a file (for a CUDA device: in host memory). Linear layers are
+    `layers`: a window of them is in memory, the rest in a file (for a CUDA device: in host memory). `experts`: so many
+    are, likewise. Linear layers are
     then torch's own, for packed ones are opaque: logits may differ in the last bits from those with all in memory.
     `attention` elsewhere: KV lies in other processes (engine.attention_workers), and there is nothing to swap.
     """
@@ -59,6 +61,7 @@ class TorchRunner:
         widen: bool | None = None,
         attention: AttentionOption = HERE,
         layers: LayerShare | None = None,
+        experts: int | None = None,
         make_linear: LinearFactory | None = None,
     ) -> None:
         self._device = open_device(device)
@@ -84,7 +87,10 @@ class TorchRunner:
         """Of the layers, where not all of them are in memory."""
         self.streamed = StreamTally("disk" if on_cpu else "host memory")
         with torch.inference_mode():
-            if layers is None:
+            if experts is not None:
+                self._model, cache = _with_cache(checkpoint, compute, self._device, experts)
+                self.window, self.streamed.detail = cache.window, cache.summary
+            elif layers is None:
                 factory = make_linear or (packed_linear if on_cpu else plain_linear)
                 self._model = Transformer(checkpoint, dtype=compute, device=self._device, make_linear=factory)
             else:
@@ -185,6 +191,24 @@ def working_types(dtype: DTypeName, *, on_cpu: bool, widen: bool | None = None) 
         if widen:
             log.info("this processor has no bfloat16 instructions: weights stay float32, KV is bfloat16")
     return torch.float32 if widen else torch.bfloat16, torch.bfloat16
+
+
+def _with_cache(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, near: int
+) -> tuple[Transformer, ExpertCache]:
+    """The model with each expert put away as soon as it is made, and the cache of `near` of them."""
+    stow = LayerStow(FarMemory() if device.type == "cuda" else FarFile())
+
+    def made(expert: torch.nn.Module) -> None:
+        stow.add(expert)
+        checkpoint.forget()
+
+    try:
+        model = Transformer(checkpoint, dtype=dtype, device=device, made_expert=made)
+    except BaseException:
+        stow.far.close()
+        raise
+    return model, ExpertCache(model, near, stow)
 
 
 def _windowed(

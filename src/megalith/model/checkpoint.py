@@ -1,7 +1,8 @@
 """The weights of a model under one set of names, whatever file they came from.
 
 Canonical names: `embed.weight`, `head.weight` (absent when tied), `final_norm.weight`, and for each layer
-`layers.{i}.{q,k,v,o,gate,up,down}.{weight,bias}` and
+`layers.{i}.{q,k,v,o,gate,up,down}.{weight,bias}` (experts: `layers.{i}.router.weight` and
+`layers.{i}.experts.{j}.{gate,up,down}.weight`) and
 `layers.{i}.{attn_norm,ffn_norm,post_attn_norm,post_ffn_norm,q_norm,k_norm}.weight`.
 
 Two conventions are settled here, so that nobody downstream has to know them: rows of q and k are in Hugging Face order
@@ -32,7 +33,7 @@ _Change = Literal["none", "unpermute", "plus_one"]
 _GGUF_LAYER = {
     "attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "post_attn_norm": "post_attention_norm",
     "post_ffn_norm": "post_ffw_norm", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "q": "attn_q", "k": "attn_k",
-    "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
 }  # fmt: skip
 _GGUF_TOP = {
     "embed.weight": "token_embd.weight",
@@ -43,7 +44,9 @@ _HF_LAYER = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    "router": "block_sparse_moe.gate",
 }  # fmt: skip
+_HF_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 _HF_POST_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_attn_norm": "post_attention_layernorm",
@@ -75,6 +78,8 @@ class _Entry:
     format: str
     change: _Change = "none"
     heads: int = 0
+    expert: int | None = None
+    """Which slice along the first axis of a tensor that stacks all experts."""
 
 
 class _Files(Protocol):
@@ -107,6 +112,8 @@ class Checkpoint:
         if entry is None:
             raise ModelFormatError(f"{self.spec.name} has no tensor {name!r}; it has {len(self._entries)} others.")
         raw = self._files.raw(entry.file_name)
+        if entry.expert is not None:
+            raw = raw.reshape(self.spec.num_experts, -1)[entry.expert]
         if entry.change == "unpermute":
             raw = _unpermuted(raw, entry.heads, entry.shape[0])
         if entry.change == "plus_one":
@@ -155,7 +162,11 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.qk_norm:
         layer |= {"q_norm.weight": (e,), "k_norm.weight": (e,)}
     layer |= {"ffn_norm.weight": (d,)}
-    layer |= {"gate.weight": (spec.ffn, d), "up.weight": (spec.ffn, d), "down.weight": (d, spec.ffn)}
+    ffn: dict[str, tuple[int, ...]] = {"gate": (spec.ffn, d), "up": (spec.ffn, d), "down": (d, spec.ffn)}
+    if spec.num_experts:
+        layer["router.weight"] = (spec.num_experts, d)
+    for at in [f"experts.{j}." for j in range(spec.num_experts)] or [""]:
+        layer |= {f"{at}{name}.weight": shape for name, shape in ffn.items()}
     if spec.post_norms:
         layer |= {"post_attn_norm.weight": (d,), "post_ffn_norm.weight": (d,)}
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab, d)}
@@ -187,7 +198,7 @@ def gguf_checkpoint(file: GgufFile) -> Checkpoint:
     stored = {name: (tensor.shape, tensor.type) for name, tensor in file.tensors.items()}
     names = {name: gguf_name(name) for name in expected_shapes(spec)}
     entries = _matched(spec, names, stored, "blk.", str(file.path))
-    if spec.family == "llama":
+    if spec.family in ("llama", "mixtral"):
         # llama.cpp's converter interleaves the rotary pairs of this family, and of no other that we read.
         for name, entry in entries.items():
             part = name.split(".")[-2]
@@ -244,10 +255,12 @@ def _matched(
             raise ModelFormatError(
                 f"{origin} lacks the tensor {names[name]}, one of {len(names)} that its description needs."
             )
+        expert = _expert_of(name) if len(found[0]) == 3 else None
+        shape = shape if expert is None else (spec.num_experts, *shape)
         if found[0] != shape:
             raise ModelFormatError(f"{origin}: tensor {names[name]} has shape {found[0]}, but {shape} is needed.")
         row_bytes(found[1], shape[-1])
-        entries[name] = _Entry(names[name], shape, found[1])
+        entries[name] = _Entry(names[name], shape[-2:], found[1], expert=expert)
     unused = {n for n in stored if n.startswith(layer_prefix) and not n.endswith("rotary_emb.inv_freq")} - set(
         names.values()
     )
@@ -260,8 +273,15 @@ def gguf_name(name: str) -> str:
     """The name that GGUF files give to canonical `name`."""
     if name in _GGUF_TOP:
         return _GGUF_TOP[name]
-    _, layer, part, kind = name.split(".")
-    return f"blk.{layer}.{_GGUF_LAYER[part]}.{kind}"
+    _, layer, *_, part, kind = name.split(".")
+    stacked = "" if _expert_of(name) is None else "_exps"
+    return f"blk.{layer}.{_GGUF_LAYER[part]}{stacked}.{kind}"
+
+
+def _expert_of(name: str) -> int | None:
+    """The number of the expert that canonical `name` belongs to."""
+    _, _, *path = name.split(".")
+    return int(path[1]) if path[:1] == ["experts"] else None
 
 
 def hf_name(name: str, trunk: str, post_norms: bool) -> str:
@@ -272,7 +292,9 @@ def hf_name(name: str, trunk: str, post_norms: bool) -> str:
         return f"{trunk}norm.weight"
     if name == "head.weight":
         return "language_model.lm_head.weight" if trunk == "language_model.model." else "lm_head.weight"
-    _, layer, part, kind = name.split(".")
+    _, layer, *_, part, kind = name.split(".")
+    if (expert := _expert_of(name)) is not None:
+        return f"{trunk}layers.{layer}.block_sparse_moe.experts.{expert}.{_HF_EXPERT[part]}.{kind}"
     words = _HF_LAYER | _HF_POST_NORMS if post_norms else _HF_LAYER
     return f"{trunk}layers.{layer}.{words[part]}.{kind}"
 

@@ -20,7 +20,7 @@ from megalith.model.gguf import GgufFile
 from megalith.model.rope import rope_from_factors, rope_from_hf
 from megalith.specs.model import Activation, Family, ModelSpec, Rope
 
-RUNNABLE: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "gemma3")
+RUNNABLE: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "gemma3", "mixtral")
 """Families that can be loaded and run; the others can only be planned."""
 
 _ACTIVATIONS: dict[str, Activation] = {

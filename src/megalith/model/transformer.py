@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from megalith.base.errors import ModelFormatError
 from megalith.model.checkpoint import Checkpoint
+from megalith.model.mixture import GatedFfn, Mixture
 from megalith.model.rope import inverse_frequencies
 from megalith.specs.model import ModelSpec, Rope
 
@@ -74,13 +75,14 @@ class Transformer(nn.Module):
         device: torch.device | str = "cpu",
         make_linear: LinearFactory = plain_linear,
         made: Callable[[nn.Module], None] | None = None,
+        made_expert: Callable[[nn.Module], None] | None = None,
         part: Part = WHOLE,
     ) -> None:
-        """`made` is told of each layer when it has its weights, before the next one is read."""
+        """`made` is told of each layer as soon as it has its weights, `made_expert` of each expert."""
         super().__init__()
         self.spec = spec = checkpoint.spec
         self.dtype, self.device = dtype, torch.device(device)
-        weights = _Weights(checkpoint, dtype, self.device, make_linear)
+        weights = _Weights(checkpoint, dtype, self.device, make_linear, made_expert)
         embedding = weights.tensor("embed.weight") if part.embedding else torch.empty(0, spec.hidden, dtype=dtype)
         self.embedding = nn.Parameter(embedding, requires_grad=False)
         self.layers = nn.ModuleList()
@@ -133,8 +135,14 @@ class _Weights:
     """Tensors of a checkpoint in the type and place that the model computes in."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, make_linear: LinearFactory
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_linear: LinearFactory,
+        made_expert: Callable[[nn.Module], None] | None,
     ) -> None:
+        self._made = made_expert
         if checkpoint.spec.linear_bias or checkpoint.spec.norm != "rms" or checkpoint.spec.position != "rope":
             raise ModelFormatError(f"{checkpoint.spec.name} ({checkpoint.spec.family}) has no torch modules here.")
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
@@ -151,6 +159,18 @@ class _Weights:
         name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
         bias = self.tensor(bias_name) if bias_name in self._checkpoint else None
         return self._make_linear(name, self.tensor(name), bias)
+
+    def ffn(self, spec: ModelSpec, at: str) -> GatedFfn:
+        gate, up, down = (self.linear(f"{at}.{name}") for name in ("gate", "up", "down"))
+        return GatedFfn(gate, up, down, _ACTIVATIONS[spec.activation])
+
+    def mixture(self, spec: ModelSpec, at: str) -> Mixture:
+        experts = []
+        for number in range(spec.num_experts):
+            experts.append(self.ffn(spec, f"{at}.experts.{number}"))
+            if self._made is not None:
+                self._made(experts[-1])
+        return Mixture(self.linear(f"{at}.router"), experts, spec.experts_per_token)
 
 
 class _Norm(nn.Module):
@@ -207,11 +227,10 @@ class _Layer(nn.Module):
         self.index = index
         self.heads, self.head_dim = (spec.num_heads, spec.num_kv_heads), spec.head_dim
         self.local = spec.layer_window(index) is not None
-        self.activation = _ACTIVATIONS[spec.activation]
         self.attn_norm = weights.norm(f"{at}.attn_norm.weight", eps)
         self.ffn_norm = weights.norm(f"{at}.ffn_norm.weight", eps)
         self.q, self.k, self.v, self.o = (weights.linear(f"{at}.{name}") for name in "qkvo")
-        self.gate, self.up, self.down = (weights.linear(f"{at}.{name}") for name in ("gate", "up", "down"))
+        self.ffn = weights.mixture(spec, at) if spec.num_experts else weights.ffn(spec, at)
         same: nn.Module = nn.Identity()
         self.q_norm = weights.norm(f"{at}.q_norm.weight", eps) if spec.qk_norm else same
         self.k_norm = weights.norm(f"{at}.k_norm.weight", eps) if spec.qk_norm else same
@@ -229,8 +248,7 @@ class _Layer(nn.Module):
         attended = attend(self.index, q_MHE, k_MKE, v_MKE).reshape(rows, heads * self.head_dim)
         hidden_MD = hidden_MD + self.post_attn_norm(self.o(attended))
         x = self.ffn_norm(hidden_MD)
-        ffn = self.down(self.activation(self.gate(x)) * self.up(x))
-        result: Tensor = hidden_MD + self.post_ffn_norm(ffn)
+        result: Tensor = hidden_MD + self.post_ffn_norm(self.ffn(x))
         return result
 
 

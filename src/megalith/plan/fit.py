@@ -93,17 +93,23 @@ def check_fits(
     kv_format: str | None = None,
     disk: DiskRate | None = None,
     resident_bytes: int | None = None,
+    stream_bytes: int | None = None,
 ) -> Fit:
     """Sizes for `config`, or DoesNotFit with the numbers and what would fit.
 
     `kind` is the runner that will be used (None: what the configuration implies), `model` one that is already resolved,
     `kv_format` what that runner stores (None: its default), `disk` was measured, `resident_bytes` stay in memory of the
-    weights where the runner streams the rest by itself. Reads headers and profiles only.
+    weights where the runner streams the rest by itself, `stream_bytes` of it a step (None: all layers). Reads headers
+    and profiles only.
     """
     kind = kind or kind_of(config)
     request = base_request(config, kind, model or resolve(config.model), kv_format)
     if resident_bytes is not None:
-        request = _with(request, window_bytes=resident_bytes, stream_bytes=request.weights.layers)
+        request = _with(
+            request,
+            window_bytes=resident_bytes,
+            stream_bytes=request.weights.layers if stream_bytes is None else stream_bytes,
+        )
     check(request)
     swap = config.num_host_blocks is None and config.preempt == "swap"
     host_blocks = config.num_host_blocks or 0

@@ -28,6 +28,9 @@ before k and v are computed."""
 LinearFactory = Callable[[str, Tensor, Tensor | None], nn.Module]
 """make_linear(name, weight [out, in], bias or None) -> a module from [M, in] to [M, out]; name is canonical."""
 
+FfnFactory = Callable[[Checkpoint, int], nn.Module]
+"""make_ffn(checkpoint, layer) -> a module from [M, D] to [M, D] that is the layer's FFN, its norms apart."""
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -59,11 +62,13 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         make_linear: LinearFactory = plain_linear,
+        make_ffn: FfnFactory | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec = checkpoint.spec
         self.dtype, self.device = dtype, torch.device(device)
         weights = _Weights(checkpoint, dtype, self.device, make_linear)
+        weights.make_ffn = make_ffn
         self.embedding = nn.Parameter(weights.tensor("embed.weight"), requires_grad=False)
         self.layers = nn.ModuleList(_Layer(spec, weights, i) for i in range(spec.num_layers))
         self.final_norm = weights.norm("final_norm.weight", spec.norm_eps)
@@ -105,6 +110,8 @@ class _Weights:
             raise ModelFormatError(f"{checkpoint.spec.name} ({checkpoint.spec.family}) has no torch modules here.")
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._make_linear = make_linear
+        self.make_ffn: FfnFactory | None = None
+        """What makes FFNs, where they are not three matrices in memory."""
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.from_numpy(self._checkpoint.tensor(name).float32())
@@ -112,6 +119,9 @@ class _Weights:
 
     def norm(self, name: str, eps: float) -> _Norm:
         return _Norm(self.tensor(name, torch.float32), eps)
+
+    def ffn(self, index: int) -> nn.Module | None:
+        return None if self.make_ffn is None else self.make_ffn(self._checkpoint, index)
 
     def linear(self, prefix: str) -> nn.Module:
         name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
@@ -177,7 +187,9 @@ class _Layer(nn.Module):
         self.attn_norm = weights.norm(f"{at}.attn_norm.weight", eps)
         self.ffn_norm = weights.norm(f"{at}.ffn_norm.weight", eps)
         self.q, self.k, self.v, self.o = (weights.linear(f"{at}.{name}") for name in "qkvo")
-        self.gate, self.up, self.down = (weights.linear(f"{at}.{name}") for name in ("gate", "up", "down"))
+        self.own_ffn = weights.ffn(index)
+        if self.own_ffn is None:
+            self.gate, self.up, self.down = (weights.linear(f"{at}.{name}") for name in ("gate", "up", "down"))
         same: nn.Module = nn.Identity()
         self.q_norm = weights.norm(f"{at}.q_norm.weight", eps) if spec.qk_norm else same
         self.k_norm = weights.norm(f"{at}.k_norm.weight", eps) if spec.qk_norm else same
@@ -195,7 +207,10 @@ class _Layer(nn.Module):
         attended = attend(self.index, q_MHE, k_MKE, v_MKE).reshape(rows, heads * self.head_dim)
         hidden_MD = hidden_MD + self.post_attn_norm(self.o(attended))
         x = self.ffn_norm(hidden_MD)
-        ffn = self.down(self.activation(self.gate(x)) * self.up(x))
+        if self.own_ffn is None:
+            ffn = self.down(self.activation(self.gate(x)) * self.up(x))
+        else:
+            ffn = self.own_ffn(x)
         result: Tensor = hidden_MD + self.post_ffn_norm(ffn)
         return result
 

@@ -55,12 +55,14 @@ class Where:
     """Bits of activations beside bipolar weights, 1 to 8. [default: what the file says, else 8]"""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
+    neuron_window: str | None = None
+    """ReLU models: neurons on disk, those of the last TOKENS in memory: 5, 5/memory=256MiB, 5/sigmas=6."""
 
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
         settings: dict[str, Any] = {"device": self.device, "mode": self.mode, "threads": self.threads}
         settings |= {"attention": self.attention, "max_context": self.context}
-        settings["activation_bits"] = self.activation_bits
+        settings |= {"activation_bits": self.activation_bits, "neuron_window": self.neuron_window}
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")

@@ -66,6 +66,8 @@ class EngineFlags:
     """Bits of activations beside bipolar weights, 1 to 8. [default: what the file says, else 8]"""
     attention: str | None = None
     """here, or in other processes: workers:N, spread:N, storage:FOLDER[/keep=N]. [default: here]"""
+    neuron_window: str | None = None
+    """ReLU models: neurons on disk, those of the last TOKENS in memory: 5, 5/memory=256MiB, 5/sigmas=6."""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -76,7 +78,7 @@ class EngineFlags:
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
             "threads": self.threads, "attention": self.attention, "record": self.record,
-            "activation_bits": self.activation_bits,
+            "activation_bits": self.activation_bits, "neuron_window": self.neuron_window,
         }  # fmt: skip
 
 

@@ -49,6 +49,8 @@ class EngineConfig(Config):
     """Requests that may wait for admission; one more is refused with QueueFull."""
     attention: str = "here"
     """`here`, or in other processes: `workers:N`, `spread:N`, `storage:FOLDER`, `storage:FOLDER/keep=N`."""
+    neuron_window: str = ""
+    """`5`, `5/memory=256MiB`, `5/sigmas=6`: neurons of a ReLU model come from disk, those of 5 tokens stay."""
     record: str | None = None
     """New file that every scheduling decision is written to, for the shadow test; gzip when it ends in .gz."""
 

@@ -26,6 +26,7 @@ from megalith.engine.attention_option import check_attention, check_room, parse_
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.neuron_option import check_neurons, open_neurons, parse_neurons, planned
 from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
 from megalith.model.bipolar import BITS_OF
@@ -114,6 +115,7 @@ def build_engine(
     with spans.of("open the model", progress):
         model = open_model(config.model)
     option = check_attention(config, model.spec)
+    check_neurons(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         _check_activation_bits(config, model, kind)
@@ -191,16 +193,17 @@ def _sizes(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
 
 
 def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
-    planned = replace(resolve(str(model.files.path)), name=model.files.name)
+    resolved = replace(resolve(str(model.files.path)), name=model.files.name)
+    plan_of = planned(resolved, parse_neurons(config.neuron_window))
     if kind == "torch-cpu" and config.mode != "float32":
         from megalith.engine.torch_linear import cpu_has_bf16
 
         if not cpu_has_bf16():  # the torch runner then holds float32 weights beside bfloat16 KV
             wide = msgspec.structs.replace(config, mode="float32")
-            return check_fits(wide, kind=kind, model=planned, kv_format="bf16")
-    fit = check_fits(config, kind=kind, model=planned)
+            return check_fits(wide, kind=kind, model=plan_of, kv_format="bf16")
+    fit = check_fits(config, kind=kind, model=plan_of)
     disk = None if fit.window_bytes is None else _disk_rate(model)
-    return fit if disk is None else check_fits(config, kind=kind, model=planned, disk=disk)
+    return fit if disk is None else check_fits(config, kind=kind, model=plan_of, disk=disk)
 
 
 def _disk_rate(model: OpenModel) -> DiskRate | None:
@@ -258,6 +261,7 @@ def _runner(config: EngineConfig, model: OpenModel, fit: Fit, progress: Progress
         model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
         threads=threads, attention=parse_attention(config.attention),
+        neurons=open_neurons(model, parse_neurons(config.neuron_window), progress),
     )  # fmt: skip
 
 

@@ -78,7 +78,6 @@ class SparseNeurons:
 
     def __init__(self, store: NeuronStore, predict: Predict = "bound", sigmas: float | None = None) -> None:
         self.store, self.predict, self.sigmas = store, predict, sigmas
-        self.error: Exception | None = None
         self.rows = self.predicted = self.fired = 0
         """Rows x layers so far, neurons that were computed for them, and those that were positive."""
         self.decode_steps = self.decode_ns = self.decode_bytes = 0

@@ -7,6 +7,7 @@ is held against.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from megalith.engine.attention_option import HERE, AttentionOption
 from megalith.engine.attention_workers import KvElsewhere, KvShape, open_attention
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
 from megalith.engine.sampling import plain_rows, sample
+from megalith.engine.sparse_ffn import SparseNeurons
 from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
 from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16, packed_linear
@@ -50,6 +52,7 @@ class TorchRunner:
         threads: int | None = None,
         widen: bool | None = None,
         attention: AttentionOption = HERE,
+        neurons: SparseNeurons | None = None,
     ) -> None:
         self._device = open_device(device)
         on_cpu = self._device.type == "cpu"
@@ -66,6 +69,8 @@ class TorchRunner:
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self._spec = spec
+        self.window = neurons
+        """What FFNs come from, where they are not in memory. Owned."""
         self._windows = [spec.layer_window(layer) for layer in range(spec.num_layers)]
         kv_type = torch.float32 if dtype == "float32" else torch.bfloat16
         self.elsewhere: KvElsewhere | None = None
@@ -77,8 +82,9 @@ class TorchRunner:
             num_blocks = num_host_blocks = self.num_host_blocks = 0
         with torch.inference_mode():
             self._model = Transformer(
-                checkpoint, dtype=compute, device=self._device, make_linear=packed_linear if on_cpu else plain_linear
-            )
+                checkpoint, dtype=compute, device=self._device, make_linear=packed_linear if on_cpu else plain_linear,
+                make_ffn=None if neurons is None else neurons.make,
+            )  # fmt: skip
             self._kv = PagedKv(
                 (spec.num_layers, spec.num_kv_heads, spec.head_dim),
                 blocks=(num_blocks, num_host_blocks),
@@ -93,8 +99,11 @@ class TorchRunner:
 
     def step(self, batch: StepBatch, sampling: SamplingBatch) -> StepResult:
         """Run the rows, write their K and V, sample the output rows. Raises StepFailed."""
+        begin_ns = time.perf_counter_ns()
         with torch.inference_mode():
             logits_NV = self._forward(batch)
+            if self.window is not None:
+                self.window.note_step(begin_ns, decode=batch.tokens_M.size == batch.output_rows_N.size)
             if self._device.type != "cpu" and _bare(sampling):
                 return StepResult(_greedy(logits_NV))
             return sample(logits_NV.cpu().numpy(), sampling)
@@ -121,6 +130,7 @@ class TorchRunner:
             return {"weights": 0, "kv": 0, "activations": 0}
         packed = sum(m.weight_bytes for m in self._model.modules() if isinstance(m, PackedLinear))
         away = self.elsewhere.num_bytes() if self.elsewhere is not None else 0
+        packed += self.window.num_bytes() if self.window is not None else 0
         return {"weights": self._model.weight_bytes() + packed, "kv": self._kv.num_bytes() + away, "activations": 0}
 
     def close(self) -> None:
@@ -131,6 +141,8 @@ class TorchRunner:
             self._graphs = None
             if self.elsewhere is not None:
                 self.elsewhere.close()
+            if self.window is not None:
+                self.window.close()
 
     def _forward(self, batch: StepBatch) -> Tensor:
         """Logits [N, V] of the output rows, on the device."""

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megalith.base.errors import ConfigError, StepFailed
-from megalith.engine import torch_runner
+from megalith.engine import torch_residence
 from megalith.engine.expert_cache import parse_cache
 from megalith.engine.layer_far import FarFile
+from megalith.engine.torch_residence import Residence
 from megalith.engine.torch_runner import TorchRunner
 from megalith.model.checkpoint import open_checkpoint
 from megalith.model.source import resolve
@@ -36,8 +37,8 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def runner_of(folder: Path, near: int | None) -> TorchRunner:
     checkpoint = open_checkpoint(resolve(str(folder)))
     return TorchRunner(
-        checkpoint.spec, checkpoint, dtype="float32", block_tokens=16, num_blocks=4, threads=1, experts=near,
-        make_linear=plain_linear,  # In memory, packed matrices sum in another order.
+        checkpoint.spec, checkpoint, dtype="float32", block_tokens=16, num_blocks=4, threads=1,
+        residence=Residence(experts=near, make_linear=plain_linear),  # In memory, packed ones sum in another order.
     )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_the_bits_of_memory_whatever_is_near(folder: Path, near: int) -> None:
     whole, cached = runner_of(folder, None), runner_of(folder, near)
     try:
         expected, found = decoded(whole), decoded(cached)
-        window = cached.window
+        window = cached.held.window
         assert window is not None
         assert np.array_equal(expected, found)
         assert expected.std() > 0.5
@@ -77,7 +78,7 @@ def test_hits_are_those_that_nothing_was_read_for(folder: Path) -> None:
         decoded(runner)
         # A prompt row runs two experts in each of three layers; all six of a layer at most.
         assert 8 * 3 * 2 + 3 * 2 <= cache.needed <= 8 * 3 * 2 + 3 * checkpoint.spec.num_experts
-        assert cache.hit_rate == 1.0 - runner.window.moves / cache.needed  # type: ignore[union-attr]
+        assert cache.hit_rate == 1.0 - runner.held.window.moves / cache.needed  # type: ignore[union-attr]
         assert 0.0 < cache.hit_rate < 1.0
         assert f"{cache.hit_rate:.1%} of {cache.needed}" in cache.summary()
     finally:
@@ -105,14 +106,14 @@ def test_a_damaged_expert_fails_its_step_only(folder: Path, monkeypatch: pytest.
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(torch_runner, "FarFile", Watched)
+    monkeypatch.setattr(torch_residence, "FarFile", Watched)
     runner = runner_of(folder, 2)
     try:
         expected = decoded(runner)
         real = made[0].read_into
         monkeypatch.setattr(made[0], "read_into", _fails)
         batch = batch_of([(np.array(IDS[:12], np.int32), 0)], [np.arange(4, dtype=np.int32)], [[11]])
-        with pytest.raises(StepFailed, match="layer could not be brought"):
+        with pytest.raises(StepFailed, match="could not be brought"):
             runner.step(batch, None)  # type: ignore[arg-type]
         monkeypatch.setattr(made[0], "read_into", real)
         assert np.array_equal(decoded(runner), expected)

@@ -11,12 +11,13 @@ import pytest
 
 from megalith.base.errors import ConfigError, DoesNotFit, StepFailed
 from megalith.base.units import MIB
-from megalith.engine import torch_runner
+from megalith.engine import torch_residence
 from megalith.engine.api import EngineConfig
 from megalith.engine.launch import BuiltEngine, build_engine
 from megalith.engine.layer_far import FarFile
 from megalith.engine.params import SamplingParams
 from megalith.engine.service import merge
+from megalith.engine.torch_residence import Residence
 from megalith.engine.torch_runner import TorchRunner
 from megalith.model.open import OpenModel
 from megalith.model.transformer import plain_linear
@@ -38,13 +39,13 @@ def prompt(vocab: int, count: int, done: int = 0):  # type: ignore[no-untyped-de
 
 
 def runner_of(model: OpenModel, layers: LayerShare | None) -> TorchRunner:
-    return TorchRunner(model.spec, model.checkpoint, num_blocks=8, threads=1, layers=layers)
+    return TorchRunner(model.spec, model.checkpoint, num_blocks=8, threads=1, residence=Residence(layers))
 
 
 def test_logits_have_the_bits_of_the_same_linear_layers_in_memory(
     tiny_model: OpenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_runner, "packed_linear", plain_linear)
+    monkeypatch.setattr(torch_residence, "packed_linear", plain_linear)
     count = tiny_model.spec.num_layers
     resident = runner_of(tiny_model, None)
     for share in (LayerShare(count, 1), LayerShare(count, 1, 1, (0,)), LayerShare(count, count)):
@@ -60,10 +61,10 @@ def test_logits_have_the_bits_of_the_same_linear_layers_in_memory(
 
 def test_a_layer_that_cannot_be_read_fails_its_step_and_no_other(tiny_model: OpenModel) -> None:
     runner = runner_of(tiny_model, LayerShare(tiny_model.spec.num_layers, 1))
-    assert runner.window is not None
+    assert runner.held.window is not None
     batch = prompt(tiny_model.spec.vocab, 9)
     expected = runner.logits(batch)
-    far = runner.window._stow.far
+    far = runner.held.window._stow.far
     assert isinstance(far, FarFile)
     offset, _ = far._blocks[1]
     held = os.pread(far._file._plain, 8, offset)

@@ -67,6 +67,8 @@ class Where:
     """Latency, or latency/bytes a second, imposed between them: 2ms, 2ms/125MB."""
     window_blocks: int | None = None
     """Attention and FFN blocks that each keeps in memory; the rest streams from disk. [default: all]"""
+    neuron_window: str | None = None
+    """ReLU models: neurons on disk, those of the last TOKENS in memory: 5, 5/memory=256MiB, 5/sigmas=6."""
 
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
@@ -74,7 +76,7 @@ class Where:
         settings |= {"attention": self.attention, "window": self.window, "max_context": self.context}
         settings |= {"activation_bits": self.activation_bits, "tensor_parallel": self.tensor_parallel}
         settings |= {"collective": self.collective, "link": self.link, "window_blocks": self.window_blocks}
-        settings["expert_cache"] = self.expert_cache
+        settings |= {"expert_cache": self.expert_cache, "neuron_window": self.neuron_window}
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")

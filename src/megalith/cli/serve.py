@@ -78,6 +78,8 @@ class EngineFlags:
     """Latency, or latency/bytes a second, imposed between them: 2ms, 2ms/125MB."""
     window_blocks: int | None = None
     """Attention and FFN blocks that each keeps in memory; the rest streams from disk. [default: all]"""
+    neuron_window: str | None = None
+    """ReLU models: neurons on disk, those of the last TOKENS in memory: 5, 5/memory=256MiB, 5/sigmas=6."""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -88,7 +90,7 @@ class EngineFlags:
             "memory_bytes": None if self.memory is None else parse_bytes(self.memory), "policy": self.policy,
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
             "threads": self.threads, "attention": self.attention, "window": self.window, "record": self.record,
-            "activation_bits": self.activation_bits,
+            "activation_bits": self.activation_bits, "neuron_window": self.neuron_window,
             "tensor_parallel": self.tensor_parallel, "collective": self.collective, "link": self.link,
             "window_blocks": self.window_blocks, "expert_cache": self.expert_cache,
         }  # fmt: skip

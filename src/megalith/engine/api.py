@@ -66,6 +66,8 @@ class EngineConfig(Config):
     """Attention and FFN blocks of its share that each keeps in memory, the rest streams from disk; 0: all."""
     disk_bytes_per_s: int | None = None
     """Imposed on those windows, for trials."""
+    neuron_window: str = ""
+    """`5`, `5/memory=256MiB`, `5/sigmas=6`: neurons of a ReLU model come from disk, those of 5 tokens stay."""
     record: str | None = None
     """New file that every scheduling decision is written to, for the shadow test; gzip when it ends in .gz."""
 

@@ -27,6 +27,7 @@ from megalith.engine.attention_option import check_attention, check_room, parse_
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.neuron_option import check_neurons, open_neurons, parse_neurons, planned
 from megalith.engine.parallel.option import ParallelOption, check_parallel
 from megalith.engine.record import RecordingScheduler, check_new
 from megalith.engine.service import LocalEngine
@@ -118,6 +119,7 @@ def build_engine(
         model = open_model(config.model)
     option = check_attention(config, model.spec)
     parallel = check_parallel(config, model.spec)
+    check_neurons(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         _check_activation_bits(config, model, kind)
@@ -201,8 +203,9 @@ def _sizes(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
 
 
 def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
-    planned = replace(resolve(str(model.files.path)), name=model.files.name)
-    if config.tensor_parallel > 1 or config.window_blocks:  # Ranks have windows of their own, or none.
+    plan_of = replace(resolve(str(model.files.path)), name=model.files.name)
+    plan_of = planned(plan_of, parse_neurons(config.neuron_window))
+    if config.tensor_parallel > 1 or config.window_blocks or config.neuron_window:  # These have windows of their own.
         config = msgspec.structs.replace(config, weights="resident")
     if kind == "torch-cpu" and config.mode != "float32":
         from megalith.engine.torch_linear import cpu_has_bf16
@@ -211,14 +214,14 @@ def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
             wide = msgspec.structs.replace(config, mode="float32")
             resident, stream = _streaming_bytes(wide, model)
             return check_fits(
-                wide, kind=kind, model=planned, kv_format="bf16", resident_bytes=resident, stream_bytes=stream
+                wide, kind=kind, model=plan_of, kv_format="bf16", resident_bytes=resident, stream_bytes=stream
             )
     resident, stream = _streaming_bytes(config, model)
-    fit = check_fits(config, kind=kind, model=planned, resident_bytes=resident, stream_bytes=stream)
+    fit = check_fits(config, kind=kind, model=plan_of, resident_bytes=resident, stream_bytes=stream)
     if resident is not None:
         return fit
     disk = None if fit.window_bytes is None or kind == "cuda" else _disk_rate(model)
-    return fit if disk is None else check_fits(config, kind=kind, model=planned, disk=disk)
+    return fit if disk is None else check_fits(config, kind=kind, model=plan_of, disk=disk)
 
 
 def _disk_rate(model: OpenModel) -> DiskRate | None:
@@ -317,13 +320,17 @@ def _runner(
             window=None if fit.window_bytes is None else _window(model, fit.window_bytes, progress),
             activation_bits=config.activation_bits or model.checkpoint.activation_bits or 8,
         )  # fmt: skip
+    from megalith.engine.torch_residence import Residence
     from megalith.engine.torch_runner import TorchRunner
 
     return TorchRunner(
         model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
-        threads=threads, attention=parse_attention(config.attention), layers=fit.layers,
-        experts=_experts_near(config, model),
+        threads=threads, attention=parse_attention(config.attention),
+        residence=Residence(
+            fit.layers, _experts_near(config, model),
+            open_neurons(model, parse_neurons(config.neuron_window), progress),
+        ),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ class StreamTally:
 
         self.detail: Callable[[], str] = str
         """More to say at the end."""
+        self.predicts = True
+        """Whether the plan knows what a step reads."""
 
     @property
     def step_bytes(self) -> int:
@@ -37,10 +39,11 @@ class StreamTally:
         if not self.decode_steps:
             return ""
         mean_ns = self.decode_ns / self.decode_steps
-        more = self.detail()
+        beside = (
+            f"; {format_duration(predicted_ns)} predicted, {mean_ns / predicted_ns - 1:+.0%}" if self.predicts else ""
+        )
+        rate, more = format_bytes(round(self.step_bytes * NS_PER_S / mean_ns)), self.detail()
         return (
             f"streamed {format_bytes(self.step_bytes)} a step from {self.source}: {self.decode_steps} decode steps of "
-            f"{format_duration(mean_ns)} (measured; {format_duration(predicted_ns)} predicted, "
-            f"{mean_ns / predicted_ns - 1:+.0%}), {format_bytes(round(self.step_bytes * NS_PER_S / mean_ns))}/s"
-            + (f"; {more}" if more else "")
+            f"{format_duration(mean_ns)} (measured{beside}), {rate}/s" + (f"; {more}" if more else "")
         )

@@ -18,21 +18,18 @@ from megalith.base.errors import EngineError, MachineError, StepFailed, TierErro
 from megalith.engine.attention_option import HERE, AttentionOption
 from megalith.engine.attention_workers import KvElsewhere, KvShape, open_attention
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
-from megalith.engine.expert_cache import ExpertCache
-from megalith.engine.layer_far import FarFile, FarMemory
-from megalith.engine.layer_stow import LayerStow
-from megalith.engine.layer_window import ModuleWindow
 from megalith.engine.sampling import plain_rows, sample
-from megalith.engine.streamed import StreamTally
 from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
-from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16, packed_linear
+from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16
+from megalith.engine.torch_residence import HeldModel, Residence
 from megalith.model.checkpoint import Checkpoint
-from megalith.model.transformer import Attend, LinearFactory, Transformer, plain_linear
-from megalith.policy.layer_share import LayerShare
+from megalith.model.transformer import Attend
 from megalith.specs.model import ModelSpec
 
 log = logging.getLogger(__name__)
+
+IN_MEMORY = Residence()
 DTypeName = Literal["float32", "bf16"]
 
 
@@ -41,8 +38,7 @@ class TorchRunner:
 
     dtype float32: weights, activations and KV in float32. bf16: all in bfloat16; on a CPU without bfloat16 instructions
     weights and activations are float32 and only KV is bfloat16 (`widen`): emulated products take ten times as long.
-    `layers`: a window of them is in memory, the rest in a file (for a CUDA device: in host memory). `experts`: so many
-    are, likewise. Linear layers are
+    `residence`: what of the weights is in memory, if not all. Linear layers of windows are
     then torch's own, for packed ones are opaque: logits may differ in the last bits from those with all in memory.
     `attention` elsewhere: KV lies in other processes (engine.attention_workers), and there is nothing to swap.
     """
@@ -60,9 +56,7 @@ class TorchRunner:
         threads: int | None = None,
         widen: bool | None = None,
         attention: AttentionOption = HERE,
-        layers: LayerShare | None = None,
-        experts: int | None = None,
-        make_linear: LinearFactory | None = None,
+        residence: Residence = IN_MEMORY,
     ) -> None:
         self._device = open_device(device)
         on_cpu = self._device.type == "cpu"
@@ -83,18 +77,9 @@ class TorchRunner:
             self.elsewhere = open_attention(attention, shape, threads or 1)
             self.num_blocks = self.elsewhere.num_blocks
             num_blocks = num_host_blocks = self.num_host_blocks = 0
-        self.window: ModuleWindow | None = None
-        """Of the layers, where not all of them are in memory."""
-        self.streamed = StreamTally("disk" if on_cpu else "host memory")
         with torch.inference_mode():
-            if experts is not None:
-                self._model, cache = _with_cache(checkpoint, compute, self._device, experts)
-                self.window, self.streamed.detail = cache.window, cache.summary
-            elif layers is None:
-                factory = make_linear or (packed_linear if on_cpu else plain_linear)
-                self._model = Transformer(checkpoint, dtype=compute, device=self._device, make_linear=factory)
-            else:
-                self._model, self.window = _windowed(checkpoint, compute, self._device, layers)
+            self.held = HeldModel(checkpoint, compute, self._device, residence)
+            self._model, self.streamed = self.held.model, self.held.streamed
             self._kv = PagedKv(
                 (spec.num_layers, spec.num_kv_heads, spec.head_dim),
                 blocks=(num_blocks, num_host_blocks),
@@ -103,20 +88,20 @@ class TorchRunner:
                 device=self._device,
             )
         self.block_bytes = self._kv.block_bytes
-        static = not on_cpu and self.elsewhere is None and self.window is None
+        static = not on_cpu and self.elsewhere is None and not self.held.streams
         self._graphs = StaticDecodes(self._model, self._kv, self._windows, capture=True) if static else None
         self._closed = False
 
     def step(self, batch: StepBatch, sampling: SamplingBatch) -> StepResult:
         """Run the rows, write their K and V, sample the output rows. Raises StepFailed."""
         with torch.inference_mode():
-            begin_ns, read = time.perf_counter_ns(), 0 if self.window is None else self.window.read_bytes
+            begin_ns, read = time.perf_counter_ns(), self.held.read_bytes
             try:
                 logits_NV = self._forward(batch)
             except TierError as error:
-                raise StepFailed(f"A layer could not be brought into memory: {error.what}", error.hint) from error
-            if self.window is not None:
-                self.streamed.note(batch, time.perf_counter_ns() - begin_ns, self.window.read_bytes - read)
+                raise StepFailed(f"Weights could not be brought into memory: {error.what}", error.hint) from error
+            if self.held.streams:
+                self.streamed.note(batch, time.perf_counter_ns() - begin_ns, self.held.read_bytes - read)
             if self._device.type != "cpu" and _bare(sampling):
                 return StepResult(_greedy(logits_NV))
             return sample(logits_NV.cpu().numpy(), sampling)
@@ -142,17 +127,17 @@ class TorchRunner:
         if self._closed:
             return {"weights": 0, "kv": 0, "activations": 0}
         packed = sum(m.weight_bytes for m in self._model.modules() if isinstance(m, PackedLinear))
-        if self.window is not None:
-            return {"weights": self.window.held_bytes, "kv": self._kv.num_bytes(), "activations": 0}
+        if self.held.window is not None:
+            return {"weights": self.held.window.held_bytes, "kv": self._kv.num_bytes(), "activations": 0}
         away = self.elsewhere.num_bytes() if self.elsewhere is not None else 0
+        packed += self.held.neurons.num_bytes() if self.held.neurons is not None else 0
         return {"weights": self._model.weight_bytes() + packed, "kv": self._kv.num_bytes() + away, "activations": 0}
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
         if not self._closed:
             self._closed = True
-            if self.window is not None:
-                self.window.close(restore=False)
+            self.held.close()
             del self._model, self._kv
             self._graphs = None
             if self.elsewhere is not None:
@@ -191,42 +176,6 @@ def working_types(dtype: DTypeName, *, on_cpu: bool, widen: bool | None = None) 
         if widen:
             log.info("this processor has no bfloat16 instructions: weights stay float32, KV is bfloat16")
     return torch.float32 if widen else torch.bfloat16, torch.bfloat16
-
-
-def _with_cache(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, near: int
-) -> tuple[Transformer, ExpertCache]:
-    """The model with each expert put away as soon as it is made, and the cache of `near` of them."""
-    stow = LayerStow(FarMemory() if device.type == "cuda" else FarFile())
-
-    def made(expert: torch.nn.Module) -> None:
-        stow.add(expert)
-        checkpoint.forget()
-
-    try:
-        model = Transformer(checkpoint, dtype=dtype, device=device, made_expert=made)
-    except BaseException:
-        stow.far.close()
-        raise
-    return model, ExpertCache(model, near, stow)
-
-
-def _windowed(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, share: LayerShare
-) -> tuple[Transformer, ModuleWindow]:
-    """The model with each layer put away as soon as it is made, and its window."""
-    stow = LayerStow(FarMemory() if device.type == "cuda" else FarFile())
-
-    def made(layer: torch.nn.Module) -> None:
-        stow.add(layer)
-        checkpoint.forget()  # The source's own pages, too.
-
-    try:
-        model = Transformer(checkpoint, dtype=dtype, device=device, made=made)
-    except BaseException:
-        stow.far.close()
-        raise
-    return model, ModuleWindow(model, model.layers, share.k, share.k_prime, keep=share.keep, stowed=stow)
 
 
 def open_device(name: str) -> torch.device:

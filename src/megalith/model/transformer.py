@@ -30,6 +30,9 @@ before k and v are computed."""
 LinearFactory = Callable[[str, Tensor, Tensor | None], nn.Module]
 """make_linear(name, weight [out, in], bias or None) -> a module from [M, in] to [M, out]; name is canonical."""
 
+FfnFactory = Callable[[Checkpoint, int], nn.Module]
+"""make_ffn(checkpoint, layer) -> a module from [M, D] to [M, D] that is the layer's FFN, its norms apart."""
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -76,6 +79,7 @@ class Transformer(nn.Module):
         make_linear: LinearFactory = plain_linear,
         made: Callable[[nn.Module], None] | None = None,
         made_expert: Callable[[nn.Module], None] | None = None,
+        make_ffn: FfnFactory | None = None,
         part: Part = WHOLE,
     ) -> None:
         """`made` is told of each layer as soon as it has its weights, `made_expert` of each expert."""
@@ -83,6 +87,7 @@ class Transformer(nn.Module):
         self.spec = spec = checkpoint.spec
         self.dtype, self.device = dtype, torch.device(device)
         weights = _Weights(checkpoint, dtype, self.device, make_linear, made_expert)
+        weights.make_ffn = make_ffn
         embedding = weights.tensor("embed.weight") if part.embedding else torch.empty(0, spec.hidden, dtype=dtype)
         self.embedding = nn.Parameter(embedding, requires_grad=False)
         self.layers = nn.ModuleList()
@@ -147,6 +152,8 @@ class _Weights:
             raise ModelFormatError(f"{checkpoint.spec.name} ({checkpoint.spec.family}) has no torch modules here.")
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._make_linear = make_linear
+        self.make_ffn: FfnFactory | None = None
+        """What makes FFNs, where they are not three matrices in memory."""
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.from_numpy(self._checkpoint.tensor(name).float32())
@@ -154,6 +161,11 @@ class _Weights:
 
     def norm(self, name: str, eps: float) -> _Norm:
         return _Norm(self.tensor(name, torch.float32), eps)
+
+    def ffn_of(self, spec: ModelSpec, index: int) -> nn.Module:
+        if self.make_ffn is not None:
+            return self.make_ffn(self._checkpoint, index)
+        return self.mixture(spec, f"layers.{index}") if spec.num_experts else self.ffn(spec, f"layers.{index}")
 
     def linear(self, prefix: str) -> nn.Module:
         name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
@@ -230,7 +242,7 @@ class _Layer(nn.Module):
         self.attn_norm = weights.norm(f"{at}.attn_norm.weight", eps)
         self.ffn_norm = weights.norm(f"{at}.ffn_norm.weight", eps)
         self.q, self.k, self.v, self.o = (weights.linear(f"{at}.{name}") for name in "qkvo")
-        self.ffn = weights.mixture(spec, at) if spec.num_experts else weights.ffn(spec, at)
+        self.ffn = weights.ffn_of(spec, index)
         same: nn.Module = nn.Identity()
         self.q_norm = weights.norm(f"{at}.q_norm.weight", eps) if spec.qk_norm else same
         self.k_norm = weights.norm(f"{at}.k_norm.weight", eps) if spec.qk_norm else same

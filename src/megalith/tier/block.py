@@ -67,6 +67,12 @@ def checksum(view: memoryview) -> int:
     return int((sums * _odd(sums.size, 1)).sum(dtype=np.uint64))
 
 
+def row_checksums(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A checksum of the same kind, but another, for each row [N, words]: for many small runs of one length."""
+    sums: npt.NDArray[np.uint64] = np.einsum("ij,j->i", rows ^ (rows >> np.uint64(32)), _odd(rows.shape[1], 2))
+    return sums
+
+
 def _odd(count: int, seed: int) -> npt.NDArray[np.uint64]:
     """Odd numbers that look random: SplitMix64 (Steele et al., OOPSLA 2014), the same on every machine and release."""
     golden = np.uint64(0x9E3779B97F4A7C15)

@@ -23,6 +23,7 @@ from megalith.engine.parallel.ports import Port
 from megalith.engine.parallel.shard import ShardCheckpoint
 from megalith.engine.parallel.share import Layers
 from megalith.engine.parallel.wire import STEP, RankSetup, encode_step
+from megalith.engine.torch_residence import Residence
 from megalith.engine.torch_runner import DTypeName, TorchRunner, working_types
 from megalith.engine.worker_process import WorkerGroup
 from megalith.model.checkpoint import Checkpoint
@@ -65,7 +66,7 @@ class TensorParallelRunner(TorchRunner):
             self._layers = Layers(ranks, option.window_blocks, folder, option.disk_bytes_per_s, forget)
             super().__init__(
                 self._shard.spec, self._shard, dtype=dtype, block_tokens=block_tokens, num_blocks=num_blocks,
-                threads=each, make_linear=self._layers,
+                threads=each, residence=Residence(make_linear=self._layers),
             )  # fmt: skip
             self._layers.seal()
             forget()

@@ -251,10 +251,10 @@ def _streaming_bytes(config: EngineConfig, model: OpenModel) -> tuple[int | None
 
 
 def _experts_near(config: EngineConfig, model: OpenModel) -> int | None:
-    from megalith.engine.expert_cache import parse_cache
-
     if config.expert_cache is None:
         return None
+    from megalith.engine.expert_cache import parse_cache  # And with it torch.
+
     if config.window is not None:
         raise ConfigError("Layers and experts cannot both have a window.", "Use --window or --expert-cache.")
     return parse_cache(config.expert_cache, model.spec, "f32" if config.mode == "float32" else "bf16")

@@ -34,7 +34,7 @@ def _hf(case: str, folder: Path) -> tuple[Any, Checkpoint]:
     return model, open_checkpoint(resolve(str(tiny.save(model, folder))))
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-wide-heads", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("case", ["llama", "llama-wide-heads", "qwen2", "qwen3", "gemma3", "mixtral"])
 def test_gguf_and_safetensors_give_the_same_weights(case: str, tmp_path: Path) -> None:
     model, ours = _hf(case, tmp_path / "hf")
     other = gguf_checkpoint(GgufFile(gguf_files.write(model, tmp_path / "m.gguf")))

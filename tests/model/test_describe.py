@@ -62,6 +62,8 @@ def test_qwens_and_mistral(tmp_path: Path) -> None:
     assert _spec(tmp_path, plain, model_type="mistral", sliding_window=None).sliding_window is None
     mixtral = _spec(tmp_path, plain, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
     assert (mixtral.family, mixtral.num_experts, mixtral.experts_per_token) == ("mixtral", 8, 2)
+    with pytest.raises(ModelFormatError, match="9 of 8 experts a token cannot be"):
+        _spec(tmp_path, plain, model_type="mixtral", num_local_experts=8, num_experts_per_tok=9)
 
 
 def test_gemma3_text_and_the_one_inside_the_multimodal_config(tmp_path: Path) -> None:

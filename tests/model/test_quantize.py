@@ -13,6 +13,7 @@ from megalith.model.open import open_model
 from megalith.model.quantize import Recipe, quantize
 from megalith.model.source import resolve
 from tests.engine.tiny import write_tiny_llama
+from tests.model import gguf_files, tiny
 
 TEXT = "The rain in Spain, 1234 times: <|im_start|>naïve\n\n  doesn't it?"
 
@@ -84,6 +85,16 @@ def test_it_does_not_overwrite_and_leaves_nothing_behind(
     monkeypatch.setattr(gguf_write, "_DISK_MARGIN_BYTES", 1 << 60)
     with pytest.raises(MachineError, match="free"):
         quantize(files, recipe, out, force=True)
+
+
+def test_a_mixture_is_refused_whatever_it_comes_from_or_becomes(tmp_path: Path) -> None:
+    model = tiny.make("mixtral")
+    folder = tiny.save(model, tmp_path / "hf")
+    file = gguf_files.write(model, tmp_path / "moe.gguf")
+    for source in (folder, file):
+        with pytest.raises(ConfigError, match="mixture of experts cannot be quantized"):
+            quantize(resolve(str(source)), Recipe("Q8_0"), tmp_path / "out.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "moe.gguf"]
 
 
 def test_a_wrong_exception_is_named(source: Path, tmp_path: Path) -> None:

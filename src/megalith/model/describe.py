@@ -23,6 +23,8 @@ from megalith.specs.model import Activation, Family, ModelSpec, Rope
 RUNNABLE: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "gemma3", "mixtral")
 """Families that can be loaded and run; the others can only be planned."""
 
+_MAX_EXPERTS = 1 << 12
+
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -336,6 +338,10 @@ def _checked(spec: ModelSpec, origin: str) -> ModelSpec:
             raise ModelFormatError(f"{origin}: {name} is {value}, which is not between 1 and {most}.")
     if spec.num_kv_heads < 1 or spec.num_heads % spec.num_kv_heads:
         raise ModelFormatError(f"{origin}: {spec.num_heads} query heads cannot share {spec.num_kv_heads} KV heads.")
+    if spec.num_experts and not 1 <= spec.experts_per_token <= spec.num_experts <= _MAX_EXPERTS:
+        raise ModelFormatError(
+            f"{origin}: {spec.experts_per_token} of {spec.num_experts} experts a token cannot be (at most {_MAX_EXPERTS})."
+        )
     if spec.position == "rope" and spec.head_dim % 2:
         raise ModelFormatError(f"{origin}: the head dimension {spec.head_dim} is odd; a rotary embedding needs pairs.")
     if not (0 < spec.norm_eps < 1 and spec.rope.theta > 0 and np.isfinite(spec.rope.theta)):

@@ -74,7 +74,9 @@ class Recipe:
         return wanted if shape[-1] % FORMATS[wanted].block_elements == 0 else FALLBACK
 
     def check_used(self, names: list[str]) -> None:
-        """Raise ConfigError for an exception that no tensor meets."""
+        """Raise ConfigError for an exception that no tensor meets, and for a model that cannot be written."""
+        if any(name.endswith(".router.weight") for name in names):
+            raise ConfigError("A mixture of experts cannot be quantized yet.", "Take a dense model.")
         stems = {name.rpartition(".")[0] for name in names}
         known = stems | {stem.rpartition(".")[2] for stem in stems}
         for key in self.keep:

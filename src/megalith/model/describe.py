@@ -340,7 +340,8 @@ def _checked(spec: ModelSpec, origin: str) -> ModelSpec:
         raise ModelFormatError(f"{origin}: {spec.num_heads} query heads cannot share {spec.num_kv_heads} KV heads.")
     if spec.num_experts and not 1 <= spec.experts_per_token <= spec.num_experts <= _MAX_EXPERTS:
         raise ModelFormatError(
-            f"{origin}: {spec.experts_per_token} of {spec.num_experts} experts a token cannot be (at most {_MAX_EXPERTS})."
+            f"{origin}: {spec.experts_per_token} of {spec.num_experts} experts a token cannot be; at most "
+            f"{_MAX_EXPERTS} are read."
         )
     if spec.position == "rope" and spec.head_dim % 2:
         raise ModelFormatError(f"{origin}: the head dimension {spec.head_dim} is odd; a rotary embedding needs pairs.")

@@ -61,6 +61,8 @@ class Fleet:
     """Service level, such as ttft=400ms,tpot=40ms@p90."""
     device: tuple[str, ...] = ()
     """A device of the catalogue. Give it once for each that may be bought."""
+    attention_device: tuple[str, ...] = ()
+    """A device or drive that may hold KV and compute attention beside them (Lamina, InstInfer)."""
     minimise: str = "cost"
     """cost, power or devices."""
     max_devices: int = 1024
@@ -182,7 +184,7 @@ def make_question(what: Fleet, how: Details) -> FleetQuestion:
         minimise=what.minimise, most_devices=what.max_devices, prices_usd=_prices(what.price), seed=what.seed,
         weight_format=how.weight_format, kv_format=how.kv_format, timer=how.timer, max_context=how.max_context,
         most_requests=what.requests, power_budget_w=what.power_budget, beside_w=what.beside, start_s=what.start,
-        posterior=what.posterior,
+        posterior=what.posterior, attention_devices=what.attention_device,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import msgspec
 from megalith.base.errors import CapacityError, MegalithError
 from megalith.plan.fleet_answer import FORMAT, Choice, FleetPlan, Headroom, Passed, Risk
 from megalith.plan.fleet_choice import bought, make_choice, order
+from megalith.plan.fleet_elsewhere import layouts
 from megalith.plan.fleet_estimate import Prediction
 from megalith.plan.fleet_explain import describe_binding
 from megalith.plan.fleet_kind import Kind, find_kind, least_objective
@@ -55,6 +56,8 @@ class Search:
         self.workers = count_workers(workers)
         self.advance = advance or (lambda _: None)
         self.runs = 0
+        self._not_apart = ""
+        """Why no fleet with its attention on other devices was simulated."""
         self.passed: list[Passed] = []
         self.kinds = self._kinds()
 
@@ -188,7 +191,8 @@ class Search:
         """The best kind with one policy more each, on the whole load: what every mechanism is worth."""
         best, found, _ = min(settled, key=lambda one: (self._objective(one[0], one[1]), self.kinds.index(one[0])))
         kinds, tasks = [], []
-        for shape in variants(best.shape):
+        apart, self._not_apart = layouts(self.question, self.load, best.ability.timer)
+        for shape in (*variants(best.shape), *apart):
             kind = find_kind(self.question, self.load, shape)
             if not isinstance(kind, Kind):
                 self._pass(shape, "arithmetic", kind.why, kind.instances)
@@ -357,7 +361,9 @@ class Search:
             requests_in_all=self.in_all, span_s=load.span_s, winner=choices[0],
             runner_up=next((one for one in choices[1:2] if bought(one) != bought(choices[0])), None),
             binding=binding, resource=resource, headroom=headroom,
-            passed=self.passed, contributions=contributions(question, load, choices, self.passed, nature),
+            passed=self.passed, contributions=contributions(
+                question, load, choices, self.passed, nature, self._not_apart
+            ),
             risks=list(risks), runs=self.runs, notes=notes,
             timing={kind.shape.device: kind.ability.timing for kind in self.kinds},
         )  # fmt: skip

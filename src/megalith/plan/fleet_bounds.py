@@ -57,8 +57,7 @@ class Ability:
         self.max_context = builder.max_context
         self.token_budget = fleet.pools[0].token_budget
         self.max_sequences = fleet.pools[0].max_sequences
-        price = question.price_usd(shape.device)
-        self.price_per_hour_usd = None if price is None else price * shape.devices
+        self.price_per_hour_usd = question.instance_price_usd(shape)
         """Of one instance."""
         self._alone = alone(self.timer, self.token_budget)
 

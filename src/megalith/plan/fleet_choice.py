@@ -45,12 +45,12 @@ def order(choice: Choice) -> tuple[float, int, int, int, float]:
     return (
         choice.objective,
         involved,
-        len(shape.extras) + shape.pipeline_parallel,
+        len(shape.extras) + shape.pipeline_parallel + (shape.attention is not None),
         choice.devices,
         -(choice.margin or 0.0),
     )
 
 
-def bought(choice: Choice) -> tuple[str, int, int]:
+def bought(choice: Choice) -> tuple[str, int, int, str]:
     """What one has to buy for it."""
-    return choice.shape.device, choice.shape.devices, choice.size.instances
+    return choice.shape.device, choice.shape.devices, choice.size.instances, choice.shape.attention or ""

@@ -10,9 +10,11 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from megalith.base.config import Config
 from megalith.base.errors import ConfigError
+from megalith.cost.attention_devices import attention_devices
 from megalith.sim.scenario import Scenario
 from megalith.sim.setups import SETUPS, with_policies
 from megalith.specs import catalog
+from megalith.specs.attention import AttentionSpec, parse_attention
 from megalith.specs.fleet import FleetSpec, PoolSpec
 from megalith.specs.slo import Slo
 from megalith.specs.workload import WorkloadSpec
@@ -30,6 +32,8 @@ class FleetQuestion(Config, kw_only=True):
     workload: WorkloadSpec
     slo: Slo
     devices: tuple[str, ...]
+    attention_devices: tuple[str, ...] = ()
+    """Devices or drives that may hold KV and compute attention beside them, and nothing else."""
     tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
     setups: tuple[str, ...] = SETUP_NAMES
     minimise: Objective = "cost"
@@ -71,7 +75,9 @@ class FleetQuestion(Config, kw_only=True):
         if min(self.tensor_parallel, default=0) < 1 or self.most_devices < 1 or self.most_requests < 1:
             raise ConfigError("Degrees, devices and requests are at least 1.", "Give numbers above 0.")
         self._check_further()
-        unknown = set(self.prices_usd) - set(self.devices)
+        for name in self.attention_devices:
+            attention_devices(AttentionSpec(device=name, count=1))
+        unknown = set(self.prices_usd) - set(self.devices) - set(self.attention_devices)
         if unknown:
             raise ConfigError(f"There is a price for {', '.join(sorted(unknown))}, which is no --device.", "Add it.")
         if self.minimise == "cost":
@@ -80,6 +86,17 @@ class FleetQuestion(Config, kw_only=True):
     def price_usd(self, device: str) -> float | None:
         """Of one device for an hour."""
         return self.prices_usd.get(device, catalog.device(device).price_per_hour_usd)
+
+    def instance_price_usd(self, shape: Shape) -> float | None:
+        """Of all devices of one instance for an hour; None where one of them has no price."""
+        own = self.price_usd(shape.device)
+        if shape.attention is None:
+            return None if own is None else own * shape.devices
+        spec = parse_attention(shape.attention)
+        other = self.prices_usd.get(spec.device, attention_devices(spec).price_per_hour_usd)
+        if own is None or other is None:
+            return None
+        return own * shape.tensor_parallel * spec.replicas + other * spec.count
 
     def rated_w(self, shape: Shape) -> float:
         """What one instance is provisioned for: its devices as they are rated, and what stands beside them."""
@@ -154,6 +171,8 @@ class Shape(Config, kw_only=True):
     """How its stages send, where it has several."""
     start_s: float = 0.0
     """What one more instance takes to serve, where the fleet scales."""
+    attention: str | None = None
+    """Devices of each instance that hold its KV cache and compute attention, as `4xh20/batches=2`."""
 
     @property
     def split(self) -> bool:
@@ -163,7 +182,11 @@ class Shape(Config, kw_only=True):
     @property
     def devices(self) -> int:
         """Of one instance."""
-        return self.tensor_parallel * self.pipeline_parallel
+        own = self.tensor_parallel * self.pipeline_parallel
+        if self.attention is None:
+            return own
+        other = parse_attention(self.attention)
+        return own * other.replicas + other.count
 
     @property
     def smallest(self) -> int:
@@ -208,12 +231,14 @@ class Shape(Config, kw_only=True):
         return PoolSpec(
             name=name, device=self.device, count=count, role=role, tensor_parallel=self.tensor_parallel,
             start_s=self.start_s, pipeline_parallel=self.pipeline_parallel, pipeline=self.pipeline,
+            attention=self.attention,
         )  # fmt: skip
 
     def flags(self, size: Size) -> str:
         """What `megalith simulate` is told to run it."""
         degree = f":tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
         degree += f":pp{self.pipeline_parallel}:pipeline={self.pipeline}" if self.pipeline_parallel > 1 else ""
+        degree += f":attention={self.attention}" if self.attention else ""
         start = f":start_s={self.start_s:g}" if self.start_s else ""
         unit = f"x{self.device}{degree}{start}"
         fleet = (
@@ -225,6 +250,7 @@ class Shape(Config, kw_only=True):
         """In a few words: `4 x h100-sxm tp2, llumnix`."""
         degree = f" tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
         degree += f" pp{self.pipeline_parallel} {self.pipeline}" if self.pipeline_parallel > 1 else ""
+        degree += f" + {self.attention}" if self.attention else ""
         count = "" if size is None else f"{size} x "
         return f"{count}{self.device}{degree}, {self.mechanisms}"
 

@@ -8,18 +8,16 @@ or the most that they could save. Knows choices and loads; must not simulate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import NamedTuple
 
 import msgspec
 
 from megalith.base.errors import MegalithError
-from megalith.plan.attention import AttentionQuestion, plan_attention
+from megalith.plan.attention import plan_attention
 from megalith.plan.fleet_answer import Choice, Contribution, FleetPlan, Passed
-from megalith.plan.fleet_bounds import limits
+from megalith.plan.fleet_elsewhere import attention_choices, attention_question
 from megalith.plan.fleet_load import Load
 from megalith.plan.fleet_question import FleetQuestion, Shape
-from megalith.specs import catalog
 
 WORTH = 0.005
 """Savings below that share are none."""
@@ -74,11 +72,18 @@ def pipelines(best: Shape) -> list[Shape]:
 
 
 def contributions(
-    question: FleetQuestion, load: Load, choices: Sequence[Choice], passed: Sequence[Passed], nature: str
-) -> list[Contribution]:
-    """One for each mechanism, in the order of MECHANISMS; then those that could not be tried here."""
+    question: FleetQuestion, load: Load, choices: Sequence[Choice], passed: Sequence[Passed], nature: str,
+    not_apart: str = "",
+) -> list[Contribution]:  # fmt: skip
+    """One for each mechanism, in the order of MECHANISMS; then those that could not be tried here.
+
+    `not_apart`: why no fleet with its attention on other devices was simulated.
+    """
+    apart = _apart(choices, passed, nature) or _attention(question, load, choices[0].shape, not_apart)
+    choices = [one for one in choices if one.shape.attention is None]
+    passed = [one for one in passed if one.shape.attention is None]
     found = [_worth(one, choices, passed, nature) for one in MECHANISMS if _asked(question, one)]
-    further = [_attention(question, load, choices[0].shape), _scaling(load), *_elsewhere(question)]
+    further = [apart, _scaling(load), *_elsewhere(question)]
     return [*found, _pipeline(choices, passed, nature), *further]
 
 
@@ -178,31 +183,38 @@ def _scaling(load: Load) -> Contribution:
     return _made(**common, state="not asked", why=why)
 
 
-def _attention(question: FleetQuestion, load: Load, best: Shape) -> Contribution:
+def _apart(choices: Sequence[Choice], passed: Sequence[Passed], nature: str) -> Contribution | None:
+    """The best fleet with its attention on other devices against the best without, where runs tried one."""
+    tried = [one for one in passed if one.shape.attention is not None]
+    ordered = sorted(choices, key=lambda choice: choice.objective)
+    with_it = [one for one in ordered if one.shape.attention is not None]
+    if not tried and not with_it:
+        return None
+    without = [one for one in ordered if one.shape.attention is None]
+    return _compare(Mechanism("attention on other devices", "Lamina, InstInfer"), with_it, without, tried, nature)
+
+
+def _attention(question: FleetQuestion, load: Load, best: Shape, not_apart: str) -> Contribution:
     """Decode with attention on another of the offered devices, at the mean context of the load; by arithmetic."""
     common = {"mechanism": "attention on other devices", "source": "Lamina, InstInfer", "nature": "predicted"}
-    others = [device for device in dict.fromkeys(question.devices) if device != best.device]
+    others = attention_choices(question, best.device)
     if not others:
-        return _made(**common, state="does not apply", why="one kind of device is offered: name several with --device")
-    tpot_ns = limits(question.slo).tpot[0]
+        why = "one kind of device is offered: name several with --device, or --attention-device"
+        return _made(**common, state="does not apply", why=why)
     rows = []
     for other in others:
-        asked = AttentionQuestion(
-            spec=catalog.model(question.model), device=best.device, attention_device=other,
-            contexts=(max(1, round(load.mean_context)),), tensor_parallel=question.tensor_parallel,
-            weight_format=question.weight_format, kv_format=question.kv_format,
-            tpot_ms=None if tpot_ns == inf else tpot_ns / 1e6,
-        )  # fmt: skip
         try:
-            rows += [row for row in plan_attention(asked).rows if row.gain is not None]
+            plan = plan_attention(attention_question(question, load, best.device, other))
         except MegalithError as error:
             return _made(**common, state="does not pay", why=error.what)
+        rows += [row for row in plan.rows if row.gain]  # 0: no price
     if not rows:
         why = f"nothing with {' or '.join(others)} beside {best.device} fits, is in time and has a price"
         return _made(**common, state="does not pay", why=why)
     row = max(rows, key=lambda row: row.gain or 0.0)
     gain, name = row.gain or 0.0, "" if row.mixed is None else row.mixed.name
     why = f"{name}: {gain:.2f} times the decode tokens for a dollar of either device alone (`megalith plan attention`)"
+    why += f"; {not_apart}" if not_apart else ""
     return _made(**common, state="pays" if gain > 1 + WORTH else "does not pay", saves=1 - 1 / gain, why=why)
 
 

@@ -28,6 +28,7 @@ Examples:
   megalith perplexity smollm2
   megalith perplexity small.gguf --against smollm2
   megalith perplexity smollm2 --mode native --against float32 --tokens 4096
+  megalith perplexity smollm2 --kv-format bfp4:block=32,reorder --against float32
   megalith perplexity smollm2 --text notes.txt --context 1024 --json""",
 )
 
@@ -42,6 +43,7 @@ def perplexity(
     mode: ComputeMode = "auto",
     against: str | None = None,
     threads: int | None = None,
+    kv_format: str = "",
     json: JsonFlag = False,
 ) -> int:
     """Measure a model's perplexity, alone or against a reference.
@@ -63,13 +65,15 @@ def perplexity(
         often both agree.
     threads
         Threads; by default one for each core.
+    kv_format
+        KV in block floating point, such as bfp4:block=32,reorder; --against keeps KV as its mode has it.
     """
     from megalith.engine import perplexity as scoring
 
     body = _text(scoring.TEXT if text is None else text)
     built: list[BuiltEngine] = []
     try:
-        built.append(_build(model, mode, context, threads))
+        built.append(_build(model, mode, context, threads, kv_format))
         parts = scoring.windows(built[0].model.tokenizer, body, context, tokens)
         if against is not None:
             other, other_mode = (model, against) if against in get_args(ComputeMode) else (against, mode)
@@ -117,7 +121,7 @@ def _paragraph(found: Perplexity, model: str, runners: list[str], against: str |
     return "\n".join(lines)
 
 
-def _build(model: str, mode: str, context: int, threads: int | None) -> BuiltEngine:
+def _build(model: str, mode: str, context: int, threads: int | None, kv_format: str = "") -> BuiltEngine:
     """One sequence's worth of an engine. Raises what build_engine raises."""
     from megalith.engine.api import EngineConfig
     from megalith.engine.launch import build_engine
@@ -132,5 +136,6 @@ def _build(model: str, mode: str, context: int, threads: int | None) -> BuiltEng
         max_sequences=1,
         token_budget=ROWS,
         num_blocks=-(-max(context, 1) // 16) + 1,
+        kv_format=kv_format,
     )
     return build_engine(config)

@@ -12,6 +12,7 @@ from megalith.cli.output import JsonFlag, print_json, progress, say
 from megalith.engine.api import ComputeMode
 
 if TYPE_CHECKING:
+    from megalith.engine.batch import I32
     from megalith.engine.launch import BuiltEngine
     from megalith.engine.perplexity import Perplexity
 
@@ -78,9 +79,7 @@ def perplexity(
         if against is not None:
             other, other_mode = (model, against) if against in get_args(ComputeMode) else (against, mode)
             built.append(_build(other, other_mode, context, threads))
-            theirs = scoring.windows(built[1].model.tokenizer, body, context, tokens)
-            if [p.tolist() for p in theirs] != [p.tolist() for p in parts]:
-                raise ConfigError(f"{model} and {against} cut the text into different tokens: nothing compares.")
+            _check_same(parts, scoring.windows(built[1].model.tokenizer, body, context, tokens), model, against)
         reference = built[1].runner if against is not None else None
         with progress("scoring", scoring.tokens_run(parts), "tokens") as advance:
             found = scoring.measure(built[0].runner, parts, reference, advance)
@@ -96,6 +95,11 @@ def perplexity(
     else:
         print(_paragraph(found, model, names, against))
     return 0
+
+
+def _check_same(parts: list[I32], theirs: list[I32], model: str, against: str) -> None:
+    if [p.tolist() for p in theirs] != [p.tolist() for p in parts]:
+        raise ConfigError(f"{model} and {against} cut the text into different tokens: nothing compares.")
 
 
 def _text(path: Path) -> str:

@@ -42,7 +42,9 @@ def channel_orders(checkpoint: Checkpoint, tokens: list[int], form: BlockFloat) 
     def attend(layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         rows = checkpoint.tensor(f"layers.{layer}.k.weight").float32()
         norms_KE = np.square(rows).sum(1).reshape(found.shape[1:])
-        q_MKGE = q_MHE.unflatten(1, (spec.num_kv_heads, -1)).numpy() * np.float32(spec.attention_scale)
+        q_MKGE = q_MHE.view(len(tokens), spec.num_kv_heads, -1, spec.head_dim).numpy() * np.float32(
+            spec.attention_scale
+        )
         for head, norms_E in enumerate(norms_KE):
             found[layer, head] = best_order(q_MKGE[:, head], k_MKE[:, head].numpy(), norms_E, form)
         return plain(layer, q_MHE, k_MKE, v_MKE)

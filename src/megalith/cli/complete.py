@@ -70,6 +70,9 @@ class Where:
     neuron_window: str | None = None
     """ReLU models: neurons on disk, those of the last TOKENS in memory: 5, 5/memory=256MiB, 5/sigmas=6."""
 
+    kv_format: str | None = None
+    """KV in block floating point: bfp4:block=32, values=8 and reorder after a comma (modes bf16, float32)."""
+
     def engine(self) -> dict[str, Any]:
         """Settings for EngineConfig: those that were given."""
         settings: dict[str, Any] = {"device": self.device, "mode": self.mode, "threads": self.threads}
@@ -77,6 +80,7 @@ class Where:
         settings |= {"activation_bits": self.activation_bits, "tensor_parallel": self.tensor_parallel}
         settings |= {"collective": self.collective, "link": self.link, "window_blocks": self.window_blocks}
         settings |= {"expert_cache": self.expert_cache, "neuron_window": self.neuron_window}
+        settings |= {"kv_format": self.kv_format}
         settings["memory_bytes"] = parse_bytes(self.memory) if self.memory else None
         if self.mode not in (None, "auto", "native", "bf16", "float32"):
             raise ConfigError(f"There is no mode {self.mode!r}.", "Take auto, native, bf16 or float32.")

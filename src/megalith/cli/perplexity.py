@@ -12,6 +12,7 @@ from megalith.cli.output import JsonFlag, print_json, progress, say
 from megalith.engine.api import ComputeMode
 
 if TYPE_CHECKING:
+    from megalith.engine.batch import I32
     from megalith.engine.launch import BuiltEngine
     from megalith.engine.perplexity import Perplexity
 
@@ -28,6 +29,7 @@ Examples:
   megalith perplexity smollm2
   megalith perplexity small.gguf --against smollm2
   megalith perplexity smollm2 --mode native --against float32 --tokens 4096
+  megalith perplexity smollm2 --kv-format bfp4:block=32,reorder --against float32
   megalith perplexity smollm2 --text notes.txt --context 1024 --json""",
 )
 
@@ -42,6 +44,7 @@ def perplexity(
     mode: ComputeMode = "auto",
     against: str | None = None,
     threads: int | None = None,
+    kv_format: str = "",
     json: JsonFlag = False,
 ) -> int:
     """Measure a model's perplexity, alone or against a reference.
@@ -63,20 +66,20 @@ def perplexity(
         often both agree.
     threads
         Threads; by default one for each core.
+    kv_format
+        KV in block floating point, such as bfp4:block=32,reorder; --against keeps KV as its mode has it.
     """
     from megalith.engine import perplexity as scoring
 
     body = _text(scoring.TEXT if text is None else text)
     built: list[BuiltEngine] = []
     try:
-        built.append(_build(model, mode, context, threads))
+        built.append(_build(model, mode, context, threads, kv_format))
         parts = scoring.windows(built[0].model.tokenizer, body, context, tokens)
         if against is not None:
             other, other_mode = (model, against) if against in get_args(ComputeMode) else (against, mode)
             built.append(_build(other, other_mode, context, threads))
-            theirs = scoring.windows(built[1].model.tokenizer, body, context, tokens)
-            if [p.tolist() for p in theirs] != [p.tolist() for p in parts]:
-                raise ConfigError(f"{model} and {against} cut the text into different tokens: nothing compares.")
+            _check_same(parts, scoring.windows(built[1].model.tokenizer, body, context, tokens), model, against)
         reference = built[1].runner if against is not None else None
         with progress("scoring", scoring.tokens_run(parts), "tokens") as advance:
             found = scoring.measure(built[0].runner, parts, reference, advance)
@@ -92,6 +95,11 @@ def perplexity(
     else:
         print(_paragraph(found, model, names, against))
     return 0
+
+
+def _check_same(parts: list[I32], theirs: list[I32], model: str, against: str) -> None:
+    if [p.tolist() for p in theirs] != [p.tolist() for p in parts]:
+        raise ConfigError(f"{model} and {against} cut the text into different tokens: nothing compares.")
 
 
 def _text(path: Path) -> str:
@@ -117,7 +125,7 @@ def _paragraph(found: Perplexity, model: str, runners: list[str], against: str |
     return "\n".join(lines)
 
 
-def _build(model: str, mode: str, context: int, threads: int | None) -> BuiltEngine:
+def _build(model: str, mode: str, context: int, threads: int | None, kv_format: str = "") -> BuiltEngine:
     """One sequence's worth of an engine. Raises what build_engine raises."""
     from megalith.engine.api import EngineConfig
     from megalith.engine.launch import build_engine
@@ -132,5 +140,6 @@ def _build(model: str, mode: str, context: int, threads: int | None) -> BuiltEng
         max_sequences=1,
         token_budget=ROWS,
         num_blocks=-(-max(context, 1) // 16) + 1,
+        kv_format=kv_format,
     )
     return build_engine(config)

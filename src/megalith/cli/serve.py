@@ -80,6 +80,8 @@ class EngineFlags:
     """Attention and FFN blocks that each keeps in memory; the rest streams from disk. [default: all]"""
     neuron_window: str | None = None
     """ReLU models: neurons on disk, those of the last TOKENS in memory: 5, 5/memory=256MiB, 5/sigmas=6."""
+    kv_format: str | None = None
+    """KV in block floating point: bfp4:block=32, values=8 and reorder after a comma (modes bf16, float32)."""
     record: str | None = None
     """New file (.gz: compressed) for every scheduling decision: counts and keyed hashes, no text."""
 
@@ -91,6 +93,7 @@ class EngineFlags:
             "max_sequences": self.max_sequences, "token_budget": self.token_budget, "preempt": self.preempt,
             "threads": self.threads, "attention": self.attention, "window": self.window, "record": self.record,
             "activation_bits": self.activation_bits, "neuron_window": self.neuron_window,
+            "kv_format": self.kv_format,
             "tensor_parallel": self.tensor_parallel, "collective": self.collective, "link": self.link,
             "window_blocks": self.window_blocks, "expert_cache": self.expert_cache,
         }  # fmt: skip

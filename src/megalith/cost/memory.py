@@ -12,6 +12,7 @@ from megalith.base.config import Config
 from megalith.base.errors import ConfigError
 from megalith.base.units import MIB
 from megalith.cost.parameters import count, expert_weights
+from megalith.specs.kv_format import is_block_float, parse_kv_format
 from megalith.specs.model import ModelSpec
 from megalith.specs.plan import MemoryLine
 
@@ -138,8 +139,10 @@ def weight_bytes(spec: ModelSpec, name: str, head_format: str | None = None) -> 
 
 def kv_bytes_per_token(spec: ModelSpec, kv_format: str = "bf16") -> int:
     """Bytes that one token adds to the KV cache: 2 * layers * KV heads * head size * bytes of a value."""
+    if is_block_float(kv_format) and (form := parse_kv_format(kv_format)) is not None:
+        return form.token_bytes(spec)
     if kv_format.lower() not in KV_FORMATS:
-        raise ConfigError(f"{kv_format!r} is not a KV format.", f"Known: {', '.join(KV_FORMATS)}.")
+        raise ConfigError(f"{kv_format!r} is not a KV format.", f"Known: {', '.join(KV_FORMATS)}, bfp4:block=32.")
     return encoded_bytes(spec.kv_elements_per_token(), kv_format)
 
 

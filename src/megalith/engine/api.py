@@ -68,6 +68,8 @@ class EngineConfig(Config):
     """Imposed on those windows, for trials."""
     neuron_window: str = ""
     """`5`, `5/memory=256MiB`, `5/sigmas=6`: neurons of a ReLU model come from disk, those of 5 tokens stay."""
+    kv_format: str = ""
+    """`bfp4:block=32,reorder`: KV in block floating point (torch runner, CPU). Empty: that of the mode."""
     record: str | None = None
     """New file that every scheduling decision is written to, for the shadow test; gzip when it ends in .gz."""
 

@@ -27,6 +27,7 @@ from megalith.engine.attention_option import check_attention, check_room, parse_
 from megalith.engine.batch import Runner
 from megalith.engine.engine import Engine
 from megalith.engine.grammar import GrammarCompiler
+from megalith.engine.kv_option import check_kv
 from megalith.engine.neuron_option import check_neurons, open_neurons, parse_neurons, planned
 from megalith.engine.parallel.option import ParallelOption, check_parallel
 from megalith.engine.record import RecordingScheduler, check_new
@@ -40,8 +41,12 @@ from megalith.plan.source import resolve
 from megalith.policy.batching import by_name
 from megalith.policy.kv import KvAccount
 from megalith.policy.scheduler import Limits, Scheduler
+from megalith.specs.kv_format import parse_kv_format
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from megalith.engine.weight_window import WeightWindow
 
 log = logging.getLogger(__name__)
@@ -120,6 +125,7 @@ def build_engine(
     option = check_attention(config, model.spec)
     parallel = check_parallel(config, model.spec)
     check_neurons(config, model.spec)
+    check_kv(config, model.spec)
     with spans.of("plan", progress):
         kind, why = choose_runner(config, model)
         _check_activation_bits(config, model, kind)
@@ -178,6 +184,8 @@ def choose_runner(config: EngineConfig, model: OpenModel) -> tuple[RunnerKind, s
     if config.tensor_parallel > 1 or config.window_blocks:
         return "torch-cpu", f"torch on the CPU in bf16, {config.tensor_parallel} ranks"
     reason = f"attention runs in {config.attention}" if away else why_not_native(model)
+    if config.kv_format and reason is None:
+        reason = f"KV in {config.kv_format} is the torch runner's."
     if config.expert_cache is not None and reason is None:
         reason = "a cache of experts is the torch runner's."
     if config.window is not None and reason is None:
@@ -214,14 +222,22 @@ def _one_size(config: EngineConfig, model: OpenModel, kind: RunnerKind) -> Fit:
             wide = msgspec.structs.replace(config, mode="float32")
             resident, stream = _streaming_bytes(wide, model)
             return check_fits(
-                wide, kind=kind, model=plan_of, kv_format="bf16", resident_bytes=resident, stream_bytes=stream
+                wide,
+                kind=kind,
+                model=plan_of,
+                kv_format=config.kv_format or "bf16",
+                resident_bytes=resident,
+                stream_bytes=stream,
             )
     resident, stream = _streaming_bytes(config, model)
-    fit = check_fits(config, kind=kind, model=plan_of, resident_bytes=resident, stream_bytes=stream)
+    kv_format = config.kv_format or None
+    fit = check_fits(
+        config, kind=kind, model=plan_of, kv_format=kv_format, resident_bytes=resident, stream_bytes=stream
+    )
     if resident is not None:
         return fit
     disk = None if fit.window_bytes is None or kind == "cuda" else _disk_rate(model)
-    return fit if disk is None else check_fits(config, kind=kind, model=plan_of, disk=disk)
+    return fit if disk is None else check_fits(config, kind=kind, model=plan_of, kv_format=kv_format, disk=disk)
 
 
 def _disk_rate(model: OpenModel) -> DiskRate | None:
@@ -326,12 +342,27 @@ def _runner(
     return TorchRunner(
         model.spec, model.checkpoint, device=config.device, dtype="float32" if config.mode == "float32" else "bf16",
         block_tokens=config.block_tokens, num_blocks=fit.num_blocks, num_host_blocks=fit.num_host_blocks,
-        threads=threads, attention=parse_attention(config.attention),
+        threads=threads, attention=parse_attention(config.attention), kv_form=parse_kv_format(config.kv_format),
         residence=Residence(
             fit.layers, _experts_near(config, model),
             open_neurons(model, parse_neurons(config.neuron_window), progress),
+            channel_orders=_channel_orders(config, model, fit),
         ),
     )  # fmt: skip
+
+
+def _channel_orders(config: EngineConfig, model: OpenModel, fit: Fit) -> NDArray[np.int64] | None:
+    """The order of K's channels where the KV format wants one, by a run of the model over the calibration text."""
+    form = parse_kv_format(config.kv_format)
+    if form is None or not form.reorder:
+        return None
+    if fit.layers is not None:
+        raise ConfigError("`reorder` calibrates with all weights in memory, which the limit does not allow.",
+                          "Give more --memory, or leave `reorder` away.")  # fmt: skip
+    from megalith.engine import k_order
+
+    ids = model.tokenizer.encode(k_order.TEXT.read_text(encoding="utf-8"), parse_special=False)
+    return k_order.channel_orders(model.checkpoint, ids, form.keys)
 
 
 def _window(model: OpenModel, window_bytes: int, progress: Progress | None) -> WeightWindow:

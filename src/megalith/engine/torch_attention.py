@@ -38,20 +38,22 @@ class PagedKv:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        sides: int = 2,
     ) -> None:
+        """`sides` 1: rows hold K and V together."""
         layers, kv_heads, head_dim = layout_LKE
         num_blocks, num_host_blocks = blocks
         self.scratch_block = num_blocks
         """One block past those of the account, for rows that only pad a step."""
-        shape = (layers, 2, num_blocks + 1, block_tokens, kv_heads, head_dim)
-        host_shape = (layers, 2, num_host_blocks, block_tokens, kv_heads, head_dim)
+        shape = (layers, sides, num_blocks + 1, block_tokens, kv_heads, head_dim)
+        host_shape = (layers, sides, num_host_blocks, block_tokens, kv_heads, head_dim)
         self.block_tokens = block_tokens
         on_gpu = device.type == "cuda"
         self.device_blocks = torch.zeros(shape, dtype=dtype, device=device) if on_gpu else _lazy_zeros(shape, dtype)
         self.host_blocks = (
             torch.zeros(host_shape, dtype=dtype, pin_memory=True) if on_gpu else _lazy_zeros(host_shape, dtype)
         )
-        self.block_bytes = layers * 2 * block_tokens * kv_heads * head_dim * dtype.itemsize
+        self.block_bytes = layers * sides * block_tokens * kv_heads * head_dim * dtype.itemsize
 
     def num_bytes(self) -> int:
         """Bytes of device and host blocks."""
@@ -87,7 +89,7 @@ class PagedKv:
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages the kernel gives when they are first written: gigabytes of blocks cost no time to set up."""
-    return torch.from_numpy(np.zeros(shape, {2: np.int16, 4: np.float32}[dtype.itemsize])).view(dtype)
+    return torch.from_numpy(np.zeros(shape, {1: np.uint8, 2: np.int16, 4: np.float32}[dtype.itemsize])).view(dtype)
 
 
 @dataclass(frozen=True, slots=True)

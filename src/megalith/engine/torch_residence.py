@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from megalith.engine.expert_cache import ExpertCache
@@ -33,6 +35,8 @@ class Residence:
     neurons: SparseNeurons | None = None
     """FFNs come from here. Owned by who loads."""
     make_linear: LinearFactory | None = None
+    channel_orders: NDArray[np.int64] | None = None
+    """Of q and k [L, K, E] (engine.k_order), where all weights are in memory."""
 
 
 class HeldModel:
@@ -52,7 +56,10 @@ class HeldModel:
                 # How many neurons fire is not known before, so nothing is predicted.
                 self.streamed.detail, self.streamed.predicts = self.neurons.summary, False
                 make_ffn = self.neurons.make
-            self.model = Transformer(checkpoint, dtype=dtype, device=device, make_linear=factory, make_ffn=make_ffn)
+            self.model = Transformer(
+                checkpoint, dtype=dtype, device=device, make_linear=factory, make_ffn=make_ffn,
+                channel_orders=residence.channel_orders,
+            )  # fmt: skip
             return
         stow = LayerStow(FarFile() if on_cpu else FarMemory())
 

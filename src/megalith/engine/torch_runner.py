@@ -18,6 +18,7 @@ from megalith.base.errors import EngineError, MachineError, StepFailed, TierErro
 from megalith.engine.attention_option import HERE, AttentionOption
 from megalith.engine.attention_workers import KvElsewhere, KvShape, open_attention
 from megalith.engine.batch import F32, I32, SamplingBatch, StepBatch, StepResult
+from megalith.engine.block_float_kv import BlockFloatKv
 from megalith.engine.sampling import plain_rows, sample
 from megalith.engine.torch_attention import PagedKv, StepAttention
 from megalith.engine.torch_graphs import StaticDecodes
@@ -25,6 +26,7 @@ from megalith.engine.torch_linear import PackedLinear, cpu_has_bf16
 from megalith.engine.torch_residence import HeldModel, Residence
 from megalith.model.checkpoint import Checkpoint
 from megalith.model.transformer import Attend
+from megalith.specs.kv_format import KvFormat
 from megalith.specs.model import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class TorchRunner:
     `residence`: what of the weights is in memory, if not all. Linear layers of windows are
     then torch's own, for packed ones are opaque: logits may differ in the last bits from those with all in memory.
     `attention` elsewhere: KV lies in other processes (engine.attention_workers), and there is nothing to swap.
+    `kv_form`: KV here is in block floating point, on a CPU.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TorchRunner:
         widen: bool | None = None,
         attention: AttentionOption = HERE,
         residence: Residence = IN_MEMORY,
+        kv_form: KvFormat | None = None,
     ) -> None:
         self._device = open_device(device)
         on_cpu = self._device.type == "cpu"
@@ -80,13 +84,13 @@ class TorchRunner:
         with torch.inference_mode():
             self.held = HeldModel(checkpoint, compute, self._device, residence)
             self._model, self.streamed = self.held.model, self.held.streamed
-            self._kv = PagedKv(
-                (spec.num_layers, spec.num_kv_heads, spec.head_dim),
-                blocks=(num_blocks, num_host_blocks),
-                block_tokens=block_tokens,
-                dtype=kv_type,
-                device=self._device,
-            )
+            layout, room = (spec.num_layers, spec.num_kv_heads, spec.head_dim), (num_blocks, num_host_blocks)
+            self._kv: PagedKv
+            if kv_form is not None:
+                self.name += f"-bfp{kv_form.keys.bits}"
+                self._kv = BlockFloatKv(layout, kv_form, blocks=room, block_tokens=block_tokens)
+            else:
+                self._kv = PagedKv(layout, blocks=room, block_tokens=block_tokens, dtype=kv_type, device=self._device)
         self.block_bytes = self._kv.block_bytes
         static = not on_cpu and self.elsewhere is None and not self.held.streams
         self._graphs = StaticDecodes(self._model, self._kv, self._windows, capture=True) if static else None

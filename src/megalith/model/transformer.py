@@ -12,7 +12,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,13 +83,19 @@ class Transformer(nn.Module):
         made_expert: Callable[[nn.Module], None] | None = None,
         make_ffn: FfnFactory | None = None,
         part: Part = WHOLE,
+        channel_orders: NDArray[np.int64] | None = None,
     ) -> None:
-        """`made` is told of each layer as soon as it has its weights, `made_expert` of each expert."""
+        """`made` is told of each layer as soon as it has its weights, `made_expert` of each expert.
+
+        `channel_orders` [L, K, E]: which channels of q and k come where. Logits stay, K is laid out another way.
+        """
         super().__init__()
         self.spec = spec = checkpoint.spec
         self.dtype, self.device = dtype, torch.device(device)
         weights = _Weights(checkpoint, dtype, self.device, make_linear, made_expert)
-        weights.make_ffn = make_ffn
+        weights.make_ffn, weights.channel_orders = make_ffn, channel_orders
+        if channel_orders is not None and spec.qk_norm:
+            raise ModelFormatError(f"{spec.name} norms q and k alike in all heads: they cannot be put in order.")
         embedding = weights.tensor("embed.weight") if part.embedding else torch.empty(0, spec.hidden, dtype=dtype)
         self.embedding = nn.Parameter(embedding, requires_grad=False)
         self.layers = nn.ModuleList()
@@ -154,6 +162,7 @@ class _Weights:
         self._make_linear = make_linear
         self.make_ffn: FfnFactory | None = None
         """What makes FFNs, where they are not three matrices in memory."""
+        self.channel_orders: NDArray[np.int64] | None = None
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.from_numpy(self._checkpoint.tensor(name).float32())
@@ -167,10 +176,14 @@ class _Weights:
             return self.make_ffn(self._checkpoint, index)
         return self.mixture(spec, f"layers.{index}") if spec.num_experts else self.ffn(spec, f"layers.{index}")
 
-    def linear(self, prefix: str) -> nn.Module:
+    def linear(self, prefix: str, order: _Order | None = None) -> nn.Module:
         name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
+        weight = self.tensor(name)
         bias = self.tensor(bias_name) if bias_name in self._checkpoint else None
-        return self._make_linear(name, self.tensor(name), bias)
+        if order is not None:
+            rows = order.rows(weight.shape[0])
+            weight, bias = weight[rows], bias if bias is None else bias[rows]
+        return self._make_linear(name, weight, bias)
 
     def ffn(self, spec: ModelSpec, at: str) -> GatedFfn:
         gate, up, down = (self.linear(f"{at}.{name}") for name in ("gate", "up", "down"))
@@ -230,6 +243,37 @@ def _rotated(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+class _Order:
+    """An order of the channels of q and k: rows of their matrices, and rotary embedding of what comes out."""
+
+    def __init__(self, channels_KE: NDArray[np.int64], heads: int) -> None:
+        """`channels_KE`: which channel of each KV head comes where; its query heads take the same."""
+        channels = torch.from_numpy(channels_KE)
+        kv_heads, size = channels.shape
+        self._channels_KE, self._heads, self._pairs = channels, heads, size // 2
+        places = channels.argsort(-1)  # Of each channel.
+        self._partners_KE = places.gather(1, (channels + self._pairs) % size)
+        self._signs_KE = torch.where(channels < self._pairs, -1.0, 1.0)
+        self._starts = {each: torch.arange(each)[:, None] * size for each in (heads, kv_heads)}
+
+    def rows(self, outputs: int) -> Tensor:
+        """Which rows of W_q or W_k [outputs, D] come where."""
+        return self._of_heads(self._channels_KE, outputs // (2 * self._pairs))
+
+    def rotated(self, x_MHE: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """As `_rotated`, every channel with the angle and the partner that it had before."""
+        heads = x_MHE.shape[1]
+        each = heads // self._channels_KE.shape[0]
+        cos, sin = (part[:, 0][:, self._channels_KE % self._pairs] for part in turn)
+        sin = sin * self._signs_KE.to(sin.dtype)
+        partners = x_MHE.flatten(1)[:, self._of_heads(self._partners_KE, heads)].view(x_MHE.shape)
+        return x_MHE * cos.repeat_interleave(each, 1) + partners * sin.repeat_interleave(each, 1)
+
+    def _of_heads(self, places_KE: Tensor, heads: int) -> Tensor:
+        """Places within each head as places in all of them."""
+        return (self._starts[heads] + places_KE.repeat_interleave(heads // places_KE.shape[0], 0)).flatten()
+
+
 class _Layer(nn.Module):
     """One block: attention and FFN, each with a residual sum around it."""
 
@@ -241,7 +285,10 @@ class _Layer(nn.Module):
         self.local = spec.layer_window(index) is not None
         self.attn_norm = weights.norm(f"{at}.attn_norm.weight", eps)
         self.ffn_norm = weights.norm(f"{at}.ffn_norm.weight", eps)
-        self.q, self.k, self.v, self.o = (weights.linear(f"{at}.{name}") for name in "qkvo")
+        orders = weights.channel_orders
+        self.order = None if orders is None else _Order(orders[index], spec.num_heads)
+        self.q, self.k = (weights.linear(f"{at}.{name}", self.order) for name in "qk")
+        self.v, self.o = (weights.linear(f"{at}.{name}") for name in "vo")
         self.ffn = weights.ffn_of(spec, index)
         same: nn.Module = nn.Identity()
         self.q_norm = weights.norm(f"{at}.q_norm.weight", eps) if spec.qk_norm else same
@@ -252,16 +299,19 @@ class _Layer(nn.Module):
     def forward(self, hidden_MD: Tensor, turns: tuple[tuple[Tensor, Tensor], ...], attend: Attend) -> Tensor:
         rows, (heads, kv_heads), turn = hidden_MD.shape[0], self.heads, turns[1 if self.local else 0]
         x = self.attn_norm(hidden_MD)
-        q_MHE = _rotated(self.q_norm(self.q(x).view(rows, heads, self.head_dim)), turn)
+        q_MHE = self._turned(self.q_norm(self.q(x).view(rows, heads, self.head_dim)), turn)
         if (early := getattr(attend, "early", None)) is not None:  # attention elsewhere: q leaves before k, v exist
             early(self.index, q_MHE)
-        k_MKE = _rotated(self.k_norm(self.k(x).view(rows, kv_heads, self.head_dim)), turn)
+        k_MKE = self._turned(self.k_norm(self.k(x).view(rows, kv_heads, self.head_dim)), turn)
         v_MKE = self.v(x).view(rows, kv_heads, self.head_dim)
         attended = attend(self.index, q_MHE, k_MKE, v_MKE).reshape(rows, heads * self.head_dim)
         hidden_MD = hidden_MD + self.post_attn_norm(self.o(attended))
         x = self.ffn_norm(hidden_MD)
         result: Tensor = hidden_MD + self.post_ffn_norm(self.ffn(x))
         return result
+
+    def _turned(self, x_MHE: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        return _rotated(x_MHE, turn) if self.order is None else self.order.rotated(x_MHE, turn)
 
 
 def causal_attention(spec: ModelSpec, row_starts: Sequence[int]) -> Attend:

@@ -32,6 +32,7 @@ STUDIES: dict[str, str] = {
     "energonai": "EnergonAI: packed batches, a pipeline that does not block, layers on a peer; each against itself off",
     "blockllm": "BlockLLM: blocks shared by many fine-tuned models, against a model for each and shared bases",
     "bipolar-int": "Bipolar integers: any width of 1 to 8 bits by bit planes, against all planes and int8 products",
+    "bfp-outliers": "Block floating point KV: K's channels in an order for its blocks, against the order they have",
     "tension-splitfuse-disaggregation": "SplitFuse x prompts on devices of their own: do the gains multiply?",
     "tension-nanoflow-polca": "nano-batches x more servers on one power budget: do the gains multiply?",
     "tension-migration-consolidation": "live migration x a fleet that follows its load: do the gains multiply?",

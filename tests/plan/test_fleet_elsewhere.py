@@ -11,6 +11,7 @@ from megalith.plan.fleet import plan_fleet
 from megalith.plan.fleet_answer import Contribution, FleetPlan
 from megalith.plan.fleet_bounds import Ability
 from megalith.plan.fleet_elsewhere import layouts
+from megalith.plan.fleet_explain import passed_table
 from megalith.plan.fleet_load import cut
 from megalith.plan.fleet_question import FleetQuestion, Shape, Size
 from megalith.plan.fleet_trial import Probe, probe
@@ -38,6 +39,8 @@ def test_what_a_layout_is_worth_is_what_runs_of_its_own_say() -> None:
     tried = [each for each in (plan.winner, plan.runner_up) if each is not None and each.shape.attention]
     shapes = [each.shape for each in tried] + [each.shape for each in plan.passed if each.shape.attention]
     assert shapes
+    rows = passed_table(plan).rows
+    assert all(any(str(shape.attention) in str(row) for row in rows) for shape in shapes if shape != plan.winner.shape)
     if one.objective is None:
         assert one.state == "does not pay"
         return

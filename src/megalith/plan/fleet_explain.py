@@ -195,7 +195,8 @@ def passed_table(plan: FleetPlan) -> Table:
         degrees, setups = groups.setdefault(key, ({}, {}))
         stages = one.shape.pipeline_parallel
         degrees[f"{one.shape.tensor_parallel}" + (f" x pp{stages}" if stages > 1 else "")] = None
-        setups[one.shape.setup] = None
+        apart = f" + {one.shape.attention}" if one.shape.attention else ""
+        setups[one.shape.setup + apart] = None
     decided = {"arithmetic": "arithmetic", "sample": "a part of the load", "whole": "all of the load"}
     for (device, instances, objective, stage, why), (degrees, setups) in groups.items():
         table.add(

@@ -64,6 +64,22 @@ def test_what_a_layout_is_worth_is_what_runs_of_its_own_say() -> None:
         assert plan.winner.shape.attention is not None
 
 
+def test_where_attention_devices_are_cheap_the_fleet_with_them_wins_and_the_runner_up_is_other_hardware() -> None:
+    cheap: dict[str, Any] = {"devices": ("h100-sxm",), "attention_devices": ("h20",), "tensor_parallel": (2,)}
+    plan = plan_fleet(FleetQuestion(**(ASKED | cheap | {"prices_usd": {"h20": 0.2}})), workers=1)
+    assert said(plan).state == "pays"
+    winner = plan.winner
+    assert winner.shape.attention is not None
+    assert "h20" in winner.shape.attention
+    price = 2 * plan.winner.size.instances * FleetQuestion(**ASKED).price_usd("h100-sxm")  # type: ignore[operator]
+    count = winner.devices - 2 * winner.size.instances
+    assert winner.price_per_hour_usd == pytest.approx(price + 0.2 * count)
+    assert plan.runner_up is not None
+    assert plan.runner_up.shape.attention is None
+    assert plan.headroom is not None
+    assert plan.headroom.power is None
+
+
 def test_a_layout_is_told_bought_and_paid_for_with_all_its_devices() -> None:
     question = FleetQuestion(**(ASKED | {"prices_usd": {"h20": 1.5, "h100-sxm": 4.0}}))
     shape = Shape(device="h100-sxm", tensor_parallel=2, setup="mixed", attention="4xh20/batches=3")

@@ -53,4 +53,5 @@ def order(choice: Choice) -> tuple[float, int, int, int, float]:
 
 def bought(choice: Choice) -> tuple[str, int, int, str]:
     """What one has to buy for it."""
-    return choice.shape.device, choice.shape.devices, choice.size.instances, choice.shape.attention or ""
+    apart = (choice.shape.attention or "").partition("/")[0]
+    return choice.shape.device, choice.shape.devices, choice.size.instances, apart

@@ -51,8 +51,10 @@ def predicted_headroom(kind: Kind, winner: Choice, load: Load, slo: Slo, step: f
 
 
 def power_room(choice: Choice) -> PowerRoom | None:
-    """None where no power of the device is known."""
+    """None where no power of the device is known, or the devices of an instance are not all of one rating."""
     trial, rated = choice.trial, catalog.find_device(choice.shape.device)
+    if choice.shape.attention is not None:
+        return None
     if trial is None or trial.power_w is None or trial.peak_power_w is None or rated is None or rated.tdp_w is None:
         return None
     rated_w = rated.tdp_w * choice.devices

@@ -103,7 +103,7 @@ def test_a_memory_limit_makes_a_window_of_the_real_model_with_the_same_tokens(tm
     assert same == tokens
     assert limited.fit.layers is not None
     assert limited.fit.layers.k == 3
-    assert 8 <= limited.fit.layers.streamed < 25
+    assert 8 <= limited.fit.layers.streamed < limited.fit.layers.count  # how many is a matter of the processor
     assert limited.fit.plan.need_bytes <= whole - 150 * MIB
     assert "Weights do not stay in memory" in " ".join(limited.fit.plan.notes)
     assert list((tmp_path / "windows").iterdir()) == []
